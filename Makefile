@@ -1,0 +1,48 @@
+# Two commands do everything: `make serve` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.headrace
+
+.PHONY: serve test quick check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve   install into $(VENV), fetch the default model, serve it on 127.0.0.1:8000"
+	@echo "make test    all tests and checks"
+	@echo "make quick   the checks and the fast tests"
+	@echo "make check   ruff, mypy, floors"
+	@echo "make bench   the benchmarks (bench/RESULTS.md keeps their results)"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMP)-serve: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-serve constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group test
+	@touch $@
+
+serve: $(STAMP)-serve
+	$(BIN)/headrace serve
+
+check: $(STAMP)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_floors.py
+
+quick: check
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test: check
+	$(BIN)/pytest -m "not gpu"
+
+bench: $(STAMP)-test
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

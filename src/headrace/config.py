@@ -1,0 +1,99 @@
+"""The configuration: frozen sections, passed in; nothing else reads the environment.
+
+Every field's name is unique over all sections, so that outside it is one flat name: TOML `drain_timeout = 30`,
+environment `HEADRACE_DRAIN_TIMEOUT=30`, and, where the command line has it, `--drain-timeout 30`.
+`headrace.cli.sources` reads the sources and says where each value came from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSection(Section):
+    """Where and how HTTP is served."""
+
+    host: str = Field("127.0.0.1", description="Address to bind")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one (environment also: API_PORT)")
+    max_workers: int = Field(1, ge=1, le=64, description="API processes; all share one engine (environment also: MAX_WORKERS)")
+    max_batch: int = Field(64, ge=1, le=4096, description="Most items in one /chat/batch")
+    max_body_mib: float = Field(8.0, gt=0, le=1024, description="Largest request body, in MiB; larger ones get 413")
+    request_timeout: float = Field(600.0, gt=0, description="Seconds a request may take from receipt to its last token")
+    drain_timeout: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at SIGTERM or Ctrl-C")
+    keepalive_interval: float = Field(15.0, gt=0, description="Seconds between SSE comments while a stream waits")
+    cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from; * for any")
+    docs: bool = Field(True, description="Serve /docs and /openapi.json")
+
+
+class AccessSection(Section):
+    """Who may call."""
+
+    api_keys: tuple[SecretStr, ...] = Field((), description="Bearer tokens; each is a tenant (HEADRACE_API_KEYS, comma-separated)")
+    insecure_no_auth: bool = Field(False, description="Allow an address beyond loopback without keys")
+    trusted_proxies: tuple[str, ...] = Field((), description="Addresses or networks whose X-Forwarded-For is believed")
+
+
+class ModelSection(Section):
+    """What is served."""
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        description="Catalog name, file, folder, hf:OWNER/NAME, ms:OWNER/NAME, a URL of an OpenAI-compatible server, or echo (environment also: MODEL_PATH)",
+    )
+    name: str | None = Field(None, min_length=1, max_length=128, description="Name the model is served under, besides its own")
+    context: int | None = Field(None, ge=16, description="Most tokens of prompt and completion together; default is the model's own")
+    weights: Literal["auto", "int4", "int8", "full"] = Field("auto", description="Precision when a Transformers folder is converted")
+    trust_remote_code: bool = Field(False, description="Run Python code that a model ships; never settable by a request")
+    cache_dir: Path = Field(
+        Path("~/.cache/headrace"), description="Folder for models and converted files (environment also: HEADRACE_CACHE)"
+    )
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="Hub for OWNER/NAME without a prefix")
+    offline: bool = Field(False, description="Never touch the network for models")
+    remote_api_key: SecretStr | None = Field(None, description="Bearer token for a remote engine's URL")
+    remote_model: str | None = Field(None, description="Model to ask a remote engine for; default is the first it lists")
+
+
+class EngineSection(Section):
+    """The scheduler and its memory."""
+
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; default is one a core")
+    kv_cache_gib: float | None = Field(None, gt=0, description="Memory for keys and values; default from free memory")
+    max_sequences: int = Field(64, ge=1, le=1024, description="Most sequences in one batch")
+    step_tokens: int = Field(512, ge=16, le=65536, description="Most tokens in one step; longer prompts go in chunks")
+    prefix_cache: bool = Field(True, description="Reuse keys and values of prompts that begin alike, within a tenant")
+
+
+class LogSection(Section):
+    """What the server says of itself."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="(environment also: LOG_LEVEL)")
+    log_file: Path | None = Field(None, description="Also log to this file, rotated")
+    log_file_mib: float = Field(64.0, gt=0, description="Size at which the log file is rotated, in MiB")
+    log_file_keep: int = Field(5, ge=0, le=1000, description="Rotated log files kept")
+
+
+class Config(Section):
+    """All sections. `Config()` is the default configuration;"""
+
+    server: ServerSection = ServerSection()
+    access: AccessSection = AccessSection()
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    log: LogSection = LogSection()
+
+
+def sections() -> dict[str, type[Section]]:
+    """Section classes by their attribute on `Config`."""
+    return {name: info.annotation for name, info in Config.model_fields.items() if isinstance(info.annotation, type)}
+
+
+def fields() -> dict[str, str]:
+    """Every flat name, with the section that holds it."""
+    return {field: section for section, cls in sections().items() for field in cls.model_fields}

@@ -1,0 +1,168 @@
+"""The error tree. Each class knows its HTTP status, its code, and whether trying again helps.
+
+    HeadraceError                     500 internal_error
+    ├── BadRequest                    400 invalid_request
+    │   ├── InvalidParameter          400 invalid_parameter        (param)
+    │   ├── UnknownField              400 unknown_field            (param)
+    │   ├── Unsupported               400 unsupported              (param)
+    │   └── ContextLengthExceeded     400 context_length_exceeded
+    │       └── TooManyTokens         (within the API process only; `prepare` makes it a ContextLengthExceeded)
+    ├── Unauthorized                  401 invalid_api_key
+    ├── Forbidden                     403 forbidden
+    ├── NotFound                      404 not_found
+    │   └── ModelNotFound             404 model_not_found
+    ├── BodyTooLarge                  413 body_too_large
+    ├── RateLimited                   429 rate_limited             (retry)
+    ├── RequestFailed                 500 request_failed           this request alone broke in the engine
+    ├── EngineDied                    502 engine_died              (retry)
+    ├── UpstreamError                 502 upstream_error           (retry)
+    ├── Overloaded                    503 overloaded               (retry)
+    ├── EngineUnavailable             503 engine_unavailable       (retry)
+    ├── DeadlineExceeded              504 deadline_exceeded
+    ├── ConfigError                   the start is refused
+    └── ModelError                    a model can't be found, fetched, converted or served
+
+Errors cross the socket from a worker as (code, message, param, retry_after) and are revived by `revive`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HeadraceError(Exception):
+    """Base of every error that is meant for a person to read.
+
+    `message` says what is wrong and what to do. `param` names the request field at fault. `retry_after` is
+    seconds, for a `Retry-After` header.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    retry: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class BadRequest(HeadraceError):
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidParameter(BadRequest):
+    code = "invalid_parameter"
+
+
+class UnknownField(BadRequest):
+    code = "unknown_field"
+
+
+class Unsupported(BadRequest):
+    """The field is known, but this server, engine or model can't honour it."""
+
+    code = "unsupported"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
+class TooManyTokens(ContextLengthExceeded):
+    """Counting stopped early, at `at_least` tokens."""
+
+    code = "too_many_tokens"
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"The text has at least {at_least} tokens.")
+        self.at_least = at_least
+
+
+class Unauthorized(HeadraceError):
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(HeadraceError):
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(HeadraceError):
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class BodyTooLarge(HeadraceError):
+    status = 413
+    code = "body_too_large"
+
+
+class RateLimited(HeadraceError):
+    status = 429
+    code = "rate_limited"
+    retry = True
+
+
+class RequestFailed(HeadraceError):
+    code = "request_failed"
+
+
+class EngineDied(HeadraceError):
+    status = 502
+    code = "engine_died"
+    retry = True
+
+
+class UpstreamError(HeadraceError):
+    status = 502
+    code = "upstream_error"
+    retry = True
+
+
+class Overloaded(HeadraceError):
+    status = 503
+    code = "overloaded"
+    retry = True
+
+
+class EngineUnavailable(HeadraceError):
+    status = 503
+    code = "engine_unavailable"
+    retry = True
+
+
+class DeadlineExceeded(HeadraceError):
+    status = 504
+    code = "deadline_exceeded"
+
+
+class ConfigError(HeadraceError):
+    """Says which file and which key, and the nearest right name."""
+
+    code = "config_error"
+
+
+class ModelError(HeadraceError):
+    code = "model_error"
+
+
+def _tree(root: type[HeadraceError]) -> dict[str, type[HeadraceError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        if child is TooManyTokens:
+            continue
+        found.update(_tree(child))
+    return found
+
+
+def revive(code: str, message: str, param: str | None = None, retry_after: float | None = None) -> HeadraceError:
+    """The error that a worker sent, as the class it was raised with; an unknown code is a `HeadraceError`."""
+    return _tree(HeadraceError).get(code, HeadraceError)(message, param=param, retry_after=retry_after)

@@ -1,0 +1,194 @@
+"""The seams. Each is a protocol of two to four methods; what is behind one is chosen at start and passed in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import HeadraceError
+from headrace.types import Call, EngineCard, EngineStats, Event, GenerateRequest, Message
+
+
+class Engine(Protocol):
+    """Something that turns a prompt into tokens: our own scheduler, echo, a remote URL, or the client of a worker."""
+
+    async def start(self) -> EngineCard:
+        """Load and warm up; returns once requests can be served. Raises `ModelError`."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[list[Event]]:
+        """Events of one request, in order, a batch at a time; a `Report` is the last.
+
+        Closing the iterator (`aclose`, or cancelling its task) frees the request's sequences within two steps.
+        Raises `HeadraceError`s: refusals before the first batch, failures at any time.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the loop; never blocks."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs and free everything. Idempotent."""
+        ...
+
+
+Deliver = Callable[[Sequence[Event] | HeadraceError], None]
+"""Receives a request's events, or the error that ended it. Called on the event loop's thread."""
+
+
+@runtime_checkable
+class Submits(Protocol):
+    """An engine that can push events without a task per request; a worker prefers it to `generate`."""
+
+    def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
+        """Queue a request. Exactly one `Report` or error is delivered last, also after a cancel (then `Report`)."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Free the request's sequences within one step; unknown ids are ignored."""
+        ...
+
+
+class TokenStream(Protocol):
+    """Incremental detokenization of one sequence; never emits half a UTF-8 character."""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; often empty in the middle of a character."""
+        ...
+
+    def flush(self) -> str:
+        """What is left at the end; incomplete bytes become U+FFFD."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Text from outside never becomes control tokens."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the model wants before a plain completion's prompt; often nothing."""
+        ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        ...
+
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
+        """Plain text only: `<|im_start|>` stays the characters that were typed. No BOS is added. Releases the GIL.
+
+        Raises `TooManyTokens` as soon as it is certain that there are more than `limit` tokens.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Raises `InvalidParameter` for ids outside the vocabulary. Control tokens are shown by name."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds in the middle of a text; a control token's are its name's."""
+        ...
+
+    def stream(self) -> TokenStream:
+        """A new incremental detokenizer, for a completion that starts in the middle of a text. Control tokens emit nothing."""
+        ...
+
+
+class ChatTemplate(Protocol):
+    """A model's chat template, which makes a prompt from a conversation."""
+
+    def encode(self, messages: Sequence[Message], *, limit: int | None = None) -> list[int]:
+        """The prompt's token ids, ready for the assistant's turn. `limit` is as in `Tokenizer.encode`.
+
+        Only the template's own control tokens become control tokens. Raises `BadRequest` where the template refuses the
+        conversation (a role it doesn't know, a wrong order) or runs into its time limit.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One call of the model over paged KV blocks: prompt chunks and single-token decodes mixed.
+
+    Shapes: T tokens over all sequences, S sequences, R rows whose next-token distribution is wanted.
+    """
+
+    input_ids: NDArray[np.int64]
+    """[T]"""
+    position_ids: NDArray[np.int64]
+    """[T]"""
+    past_lens: NDArray[np.int32]
+    """[S] tokens of each sequence already in its blocks."""
+    subsequence_begins: NDArray[np.int32]
+    """[S+1] where each sequence's tokens begin in `input_ids`."""
+    block_indices: NDArray[np.int32]
+    """Physical blocks of all sequences, concatenated."""
+    block_indices_begins: NDArray[np.int32]
+    """[S+1]"""
+    max_context_len: int
+    """Longest past + new over the sequences."""
+    rows: NDArray[np.int64]
+    """[R] indices into the T tokens."""
+    full_rows: bool = False
+    """True where some row's sampler is known to need all its logits (penalties, bias, grammar)."""
+
+
+class ForwardResult(Protocol):
+    """Next-token distributions of the R rows; valid until the next `forward`."""
+
+    @property
+    def top_ids(self) -> NDArray[np.int64]:
+        """[R, k] the likeliest tokens, likeliest first."""
+        ...
+
+    @property
+    def top_logits(self) -> NDArray[np.float32]:
+        """[R, k]"""
+        ...
+
+    @property
+    def logsumexp(self) -> NDArray[np.float32]:
+        """[R] over the whole vocabulary."""
+        ...
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """[vocabulary] all logits of one of the R rows; a fresh copy."""
+        ...
+
+
+class Runner(Protocol):
+    """A model on a device, under our own scheduler. Called from one thread only."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a KV block holds."""
+        ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def forward(self, batch: ForwardBatch) -> ForwardResult:
+        """Run one step. Raises `RequestFailed` where the batch itself is at fault."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in every layer, for sequences that part ways within a block."""
+        ...
+
+
+class Step(Protocol):
+    """One step of the journey. Entering may refuse (raise), reserve, or set `call.source`; leaving settles."""
+
+    def __call__(self, call: Call) -> AbstractAsyncContextManager[None]: ...

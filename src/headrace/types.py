@@ -1,0 +1,260 @@
+"""The words that every floor shares: what is asked of a model, and what comes back.
+
+Structs that cross the socket between an API process and an engine worker are `msgspec.Struct`s; they are
+small, frozen and know no framework. Times are seconds unless a name says milliseconds; counts are tokens
+unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""Why a choice ended: `stop` (end of text or a stop sequence) or `length` (max_tokens or the context);
+`cancelled` and `error` never reach a client as a finish reason, they only reach the log."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One turn of a conversation, as a chat template sees it."""
+
+    role: str
+    content: str
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. Ranges are checked where the wire is parsed; the engine may rely on them."""
+
+    max_tokens: int
+    """Most tokens to generate for each choice, at least 1 (0 is allowed with `prompt_logprobs`)."""
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    """None: off. k: the chosen token's logprob and those of the k likeliest (0 to 20)."""
+    prompt_logprobs: int | None = None
+    """None: off. k: score every prompt position in the same way (`echo` with `logprobs`)."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an engine is asked: token ids in, events out."""
+
+    id: str
+    """The request id, unique; it names the request in logs and cancels it."""
+    prompt: list[int]
+    """Token ids; empty only for an engine with the capability `messages`."""
+    sampling: Sampling
+    tenant: int = 0
+    """Opaque; fairness is between tenants and the prefix cache is salted with it."""
+    timeout: float | None = None
+    """Seconds from receipt until the request is ended with `DeadlineExceeded`."""
+    messages: tuple[Message, ...] = ()
+    """Only for engines with the capability `messages`, which template by themselves."""
+    text: str | None = None
+    """Only for engines with the capability `messages`: a completion's prompt as text."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token with its natural-log probability under the model's own distribution, before temperature and filters."""
+
+    token: int
+    logprob: float
+    text: str
+    """The token's bytes decoded as UTF-8 with replacement; `raw` has the bytes."""
+    raw: bytes
+    top: tuple[tuple[int, float, str, bytes], ...] = ()
+    """The likeliest tokens at this position, likeliest first: (token, logprob, text, raw)."""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """New tokens of one choice. Text trails tokens: half a UTF-8 character or a possible stop string is held back."""
+
+    choice: int
+    index: int
+    """Position, within the choice's completion, of the first of `tokens`."""
+    tokens: tuple[int, ...]
+    text: str
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token that matched, if one did."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `tokens` where logprobs were asked for."""
+
+
+class PromptScores(msgspec.Struct, frozen=True, array_like=True, tag="p"):
+    """The prompt's logprobs, one entry a prompt token; the first has no predecessor and is None."""
+
+    scores: tuple[TokenLogprob | None, ...]
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """The last event of every request that ended without an error: what it cost."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt's tokens, those whose keys and values came from the prefix cache."""
+    completion_tokens: int
+    """Over all choices; tokens held back by a stop string are counted, they were generated."""
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+Event = Delta | PromptScores | Report
+
+
+class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of itself once it is ready."""
+
+    model: str
+    kind: str
+    """`openvino`, `echo`, `remote`, …"""
+    context_length: int
+    """Most tokens of prompt and completion together."""
+    vocab_size: int
+    fingerprint: str
+    """Changes when the weights, the quantization or the engine's numerics do; part of any cache key."""
+    capabilities: frozenset[str] = frozenset()
+    """Powers not every engine has, by the sampling field or the word that needs them: `logprobs`,
+    `prompt_logprobs`, `logit_bias`, `seed`, `n`, `min_p`, `top_k`, `repetition_penalty`, `min_tokens`,
+    `ignore_eos`, `stop_token_ids`, `tokens` (accepts token ids), `messages` (templates by itself)."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the step loop, cheap enough to take once a second."""
+
+    running: int = 0
+    """Sequences in the batch."""
+    waiting: int = 0
+    """Sequences queued."""
+    blocks_used: int = 0
+    blocks_total: int = 0
+    steps: int = 0
+    """Steps since the start; it grows while the loop makes progress."""
+    step_seconds: float = 0.0
+    """Total time spent in steps."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    preemptions: int = 0
+
+
+EngineState = Literal["starting", "ready", "standby", "stopping", "failed"]
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an engine's worker is in its life, as the supervisor or the worker's client sees it."""
+
+    state: EngineState = "starting"
+    reason: str = ""
+    """Why it is not ready, for a person."""
+    restarts: int = 0
+    pid: int = 0
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """A model ready to be loaded: everything about it is on this machine, or behind `url`."""
+
+    name: str
+    kind: Literal["openvino", "echo", "remote"]
+    aliases: tuple[str, ...] = ()
+    folder: str = ""
+    """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs."""
+    url: str = ""
+    """For `remote`: the base URL, ending in `/v1` as a rule."""
+    options: dict[str, str] = {}
+    """For `echo` and `remote`: what the model's address said after `?`."""
+    context_length: int = 0
+    """Most tokens of prompt and completion together; 0 where only the engine knows (`remote`)."""
+    fingerprint: str = ""
+    """Hash over the weights; two models with the same fingerprint give the same distributions."""
+    notes: tuple[str, ...] = ()
+    """Lines to say at start, such as that this is a small demonstration model."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a call. Steps read it when they leave."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finish: FinishReason | None = None
+    first_token_at: float | None = None
+    """`time.monotonic()` when the first token left the engine client."""
+    report: Report | None = None
+    error: BaseException | None = None
+
+    def note(self, batch: list[Event]) -> None:
+        """Count what passes, as it passes: a client that hangs up is billed for what it was sent."""
+        for event in batch:
+            if isinstance(event, Delta):
+                if event.tokens and self.first_token_at is None:
+                    self.first_token_at = time.monotonic()
+                self.completion_tokens += len(event.tokens)
+                if event.finish is not None:
+                    self.finish = event.finish
+            elif isinstance(event, Report):
+                self.report = event
+                self.prompt_tokens = event.prompt_tokens
+                self.cached_tokens = event.cached_tokens
+                self.completion_tokens = event.completion_tokens
+
+
+Transform = Callable[[list[Event]], list[Event]]
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its journey: what was asked, who asked, and what became of it.
+
+    The HTTP floor makes it from the wire; steps fill in the rest. One of `messages`, `text` and `tokens` is set.
+    """
+
+    id: str
+    route: str
+    """The matched route's path, such as `/v1/chat/completions`."""
+    model: str | None
+    """The name asked for; None is the default model."""
+    sampling: Sampling
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    tokens: list[int] | None = None
+    stream: bool = False
+    token: str | None = None
+    """The bearer token as sent, never logged."""
+    address: str = ""
+    """The client's address, after trusted proxies."""
+    key_required: bool = False
+    timeout: float | None = None
+    started_at: float = field(default_factory=time.monotonic)
+
+    tenant: int = 0
+    key: str | None = None
+    """A short public name of the key, for the log."""
+    request: GenerateRequest | None = None
+    served_model: str | None = None
+    source: AsyncIterator[list[Event]] | None = None
+    """Where events come from; the step that opens it sets it (a cache, or the engine)."""
+    transforms: list[Transform] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=Outcome)
