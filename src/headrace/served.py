@@ -25,7 +25,7 @@ class ServedModel:
     template: ChatTemplate | None = None
     card: EngineCard | None = None
     """Set once the engine is ready for the first time; it stays when the engine is restarted."""
-    status: EngineStatus = EngineStatus()
+    status: EngineStatus = field(default_factory=EngineStatus)
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time, for `/v1/models`."""
 

@@ -1,0 +1,1 @@
+"""Models: the catalog, pulling, converting, tokenizers and chat templates."""
