@@ -45,7 +45,7 @@ class ModelSection(Section):
 
     model: str = Field(
         "smollm2-135m-instruct",
-        description="Catalog name, file, folder, hf:OWNER/NAME, ms:OWNER/NAME, an OpenAI-compatible URL, or echo (environment also: MODEL_PATH)",
+        description="Catalog name, file, folder, hf:OWNER/NAME, ms:OWNER/NAME, an OpenAI-style URL, or echo (environment also: MODEL_PATH)",
     )
     name: str | None = Field(None, min_length=1, max_length=128, description="Name the model is served under, besides its own")
     context: int | None = Field(None, ge=16, description="Most tokens of prompt and completion together; default is the model's own")
