@@ -1,0 +1,63 @@
+"""The journey of one request: the steps in order, then the source of events, then the steps in reverse.
+
+Read `Journey.run`; it is the whole story. Which steps there are, and in which order, is in `Journey.standard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+
+from headrace.config import Config
+from headrace.policies.identify import Identify
+from headrace.policies.prepare import Prepare
+from headrace.ports import Step
+from headrace.served import ServedModels
+from headrace.types import Call, Event
+
+
+class Journey:
+    """Runs calls through the steps."""
+
+    def __init__(self, steps: Sequence[Step], models: ServedModels) -> None:
+        self._steps = tuple(steps)
+        self._models = models
+
+    @classmethod
+    def standard(cls, config: Config, models: ServedModels) -> Journey:
+        """The steps that a configuration asks for."""
+        return cls((Identify(config.access), Prepare(models, config.server)), models)
+
+    async def run(self, call: Call) -> AsyncGenerator[list[Event]]:
+        """Event batches of one call. Close the generator (`contextlib.aclosing`) to hang up.
+
+        Raises `HeadraceError`s; those that refuse the call come before the first batch. When it is over,
+        however it ended, `call.outcome` is complete.
+        """
+        async with AsyncExitStack() as stack:
+            try:
+                for step in self._steps:
+                    await stack.enter_async_context(step(call))
+                source = self._source(call)
+                stack.push_async_callback(_close, source)
+                async for batch in source:
+                    for transform in call.transforms:
+                        batch = transform(batch)
+                    if batch:
+                        call.outcome.note(batch)
+                        yield batch
+            except BaseException as error:
+                # Set before the steps leave: they settle by it. A hang-up arrives here as GeneratorExit or CancelledError.
+                call.outcome.error = error
+                raise
+
+    def _source(self, call: Call) -> AsyncIterator[list[Event]]:
+        if call.source is None:
+            assert call.request is not None, "the prepare step makes the request"
+            call.source = self._models.find(call.served_model).engine.generate(call.request)
+        return call.source
+
+
+async def _close(source: AsyncIterator[list[Event]]) -> None:
+    if isinstance(source, AsyncGenerator):
+        await source.aclose()
