@@ -7,20 +7,22 @@ environment `HEADRACE_DRAIN_TIMEOUT=30`, and, where the command line has it, `--
 
 from __future__ import annotations
 
+import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ServerSection(Section):
     """Where and how HTTP is served."""
 
-    host: str = Field("127.0.0.1", description="Address to bind")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to bind")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one (environment also: API_PORT)")
     max_workers: int = Field(1, ge=1, le=64, description="API processes; all share one engine (environment also: MAX_WORKERS)")
     max_batch: int = Field(64, ge=1, le=4096, description="Most items in one /chat/batch")
@@ -31,6 +33,14 @@ class ServerSection(Section):
     cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from; * for any")
     docs: bool = Field(True, description="Serve /docs and /openapi.json")
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_can_match(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is not an origin such as https://example.org (no path, no slash at the end)")
+        return origins
+
 
 class AccessSection(Section):
     """Who may call."""
@@ -38,6 +48,24 @@ class AccessSection(Section):
     api_keys: tuple[SecretStr, ...] = Field((), description="Bearer tokens; each is a tenant (HEADRACE_API_KEYS, comma-separated)")
     insecure_no_auth: bool = Field(False, description="Allow an address beyond loopback without keys")
     trusted_proxies: tuple[str, ...] = Field((), description="Addresses or networks whose X-Forwarded-For is believed")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_fit_a_header(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for number, key in enumerate(keys, 1):
+            if not re.fullmatch(r"[\x21-\x7e]+", key.get_secret_value()):
+                raise ValueError(f"key {number} is empty or has characters other than printable ASCII, so no client could send it")
+        return keys
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ip_network(network, strict=False)
+            except ValueError as error:
+                raise ValueError(f"{network!r} is not an address or a network such as 10.0.0.0/8") from error
+        return networks
 
 
 class ModelSection(Section):

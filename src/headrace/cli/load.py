@@ -1,0 +1,535 @@
+"""A load generator: concurrent users in a closed loop against a streaming chat endpoint.
+
+Speaks OpenAI's chat completions, which llama-server, vLLM and others speak too, or Headrace's own `/chat/stream`.
+It shares the machine with the server that it measures, so it reads HTTP/1.1 from an `asyncio.Protocol` with httptools
+and decodes chunks with msgspec: about 10 µs a chunk, where httpx takes over 100 µs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import SplitResult, urlsplit
+
+import httptools
+import msgspec
+
+from headrace.cli.sse import EventReader
+
+Api = Literal["openai", "native"]
+
+_WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand part place "
+    "case week company system program question work night point home water room mother area money story fact month lot right "
+    "study book eye job word business issue side kind head house service friend father power hour game line end member law car "
+    "city name team minute idea body back parent face level office door health person art war history party result change "
+    "morning reason girl moment air teacher force foot boy age food music river stone light road field north garden paper window "
+    "market bridge winter summer green small long young early late open clear simple warm cold quick"
+).split()
+
+
+class LoadFailed(Exception):
+    """Nothing could be measured: the server is away, or has no model to ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request. Times are `time.perf_counter()` seconds."""
+
+    number: int
+    started: float
+    ended: float
+    first: float | None = None
+    """When the first text came."""
+    last: float | None = None
+    """When the last text came."""
+    tokens: int = 0
+    """Completion tokens as the server counted them, or the chunks with text where it didn't."""
+    prompt_tokens: int = 0
+    finish: str | None = None
+    error: str | None = None
+    """The kind of failure; None is success."""
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds."""
+        return None if self.first is None else self.first - self.started
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first, seconds."""
+        return (self.last - self.first) / (self.tokens - 1) if self.first and self.last and self.tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    url: str
+    model: str | None
+    users: int
+    total_time: float
+    """Seconds from the first request's start to the last one's end."""
+    samples: list[Sample] = field(repr=False)
+
+    @property
+    def succeeded(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample.error is None]
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Failed requests by kind."""
+        return dict(Counter(sample.error for sample in self.samples if sample.error is not None))
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(sample.tokens for sample in self.succeeded)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens of all successful requests over the total time."""
+        return self.output_tokens / self.total_time if self.total_time else 0.0
+
+    def percentiles(self, of: Literal["ttft", "tpot", "seconds"]) -> dict[str, float | None]:
+        """p50, p90 and p99 over the successful requests, seconds; None where nothing was measured."""
+        values = sorted(v for sample in self.succeeded if (v := getattr(sample, of)) is not None)
+        return {f"p{q}": percentile(values, q) for q in (50, 90, 99)}
+
+    def figures(self) -> dict[str, Any]:
+        """What `headrace bench --json` prints. Times are seconds."""
+        good = self.succeeded
+        return {
+            "url": self.url,
+            "model": self.model,
+            "requests": len(self.samples),
+            "users": self.users,
+            "succeeded": len(good),
+            "errors": len(self.samples) - len(good),
+            "errors_by_kind": self.errors,
+            "total_time": self.total_time,
+            "mean_time": sum(sample.seconds for sample in good) / len(good) if good else None,
+            "qps": len(good) / self.total_time if self.total_time else 0.0,
+            "output_tokens": self.output_tokens,
+            "prompt_tokens": sum(sample.prompt_tokens for sample in good),
+            "output_tokens_per_second": self.tokens_per_second,
+            "ttft": self.percentiles("ttft"),
+            "tpot": self.percentiles("tpot"),
+        }
+
+
+def percentile(ordered: Sequence[float], q: float) -> float | None:
+    """Linear interpolation between closest ranks, over sorted values; None for none."""
+    if not ordered:
+        return None
+    place = (len(ordered) - 1) * q / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def make_prompts(count: int, *, tokens: int = 100, seed: int = 0) -> list[str]:
+    """Prompts of about `tokens` tokens. No two are alike, nor begin alike: a prefix cache can't help. The same seed gives the same ones."""
+    source = random.Random(seed)
+    first = source.randrange(1000, 9000)
+    prompts = []
+    for number in range(count):
+        words = source.choices(_WORDS, k=max(1, tokens - 12))
+        prompts.append(f"{first + number} {' '.join(words)}. Write a long story with these words.")
+    return prompts
+
+
+async def run_load(
+    url: str,
+    *,
+    users: int = 16,
+    requests: int = 128,
+    max_tokens: int = 64,
+    prompt_tokens: int = 100,
+    prompts: Sequence[str] | None = None,
+    model: str | None = None,
+    key: str | None = None,
+    api: Api = "openai",
+    ignore_eos: bool = False,
+    seed: int = 0,
+    timeout: float = 300.0,
+    extra: Mapping[str, object] | None = None,
+    on_done: Callable[[Sample], None] | None = None,
+) -> LoadResult:
+    """Send `requests` streaming, greedy requests, `users` at a time, each user the next as soon as its last one ended.
+
+    `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that know it generate
+    exactly `max_tokens`. `timeout` is seconds for one request. Raises `LoadFailed` where the server is away
+    before the first request; what fails later is counted by kind in the result.
+    """
+    address = _Address.of(url, api)
+    if api == "openai" and model is None:
+        model = await _first_model(address, key, timeout)
+    else:
+        await _reach(address)
+    texts = prompts if prompts is not None else make_prompts(requests, tokens=prompt_tokens, seed=seed)
+    fixed: dict[str, object] = {"temperature": 0}
+    if api == "openai":
+        fixed |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    else:
+        fixed |= {"max_length": max_tokens}
+    if model is not None:
+        fixed["model"] = model
+    if ignore_eos:
+        fixed["ignore_eos"] = True
+    fixed |= extra or {}
+
+    # Bodies are made beforehand, to cost nothing while the clock runs.
+    def body(number: int) -> bytes:
+        text = texts[number % len(texts)]
+        said: dict[str, object] = {"messages": [{"role": "user", "content": text}]} if api == "openai" else {"prompt": text}
+        return address.request("POST", msgspec.json.encode(fixed | said), key)
+
+    bodies = [body(number) for number in range(requests)]
+    samples: list[Sample] = []
+    turn = iter(range(requests))
+
+    async def user() -> None:
+        connection: _Connection | None = None
+        try:
+            for number in turn:
+                sample, connection = await _ask(address, connection, number, bodies[number], timeout)
+                samples.append(sample)
+                if on_done is not None:
+                    on_done(sample)
+        finally:
+            if connection is not None:
+                connection.close()
+
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(users, requests)):
+            group.create_task(user())
+    total = time.perf_counter() - started
+    samples.sort(key=lambda sample: sample.number)
+    return LoadResult(url=url, model=model, users=users, total_time=total, samples=samples)
+
+
+# One request
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class _ChunkDelta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _ChunkDelta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+class _Done(msgspec.Struct):
+    """`event: done` of `/chat/stream`."""
+
+    tokens_used: int = 0
+    finish_reason: str | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_done = msgspec.json.Decoder(_Done).decode
+
+
+class _Failure(Exception):
+    """A request failed; the message is the kind it is counted under."""
+
+
+class _Lost(_Failure):
+    """The connection ended before a byte of the answer came."""
+
+
+class _Answer:
+    """What is known of an answer while it streams in."""
+
+    __slots__ = ("body", "chunks", "done", "failure", "finish", "first", "last", "native", "prompt_tokens", "reader", "tokens")
+
+    def __init__(self, native: bool) -> None:
+        self.native = native
+        self.reader = EventReader()
+        self.body = b""
+        self.first: float | None = None
+        self.last: float | None = None
+        self.chunks = self.tokens = self.prompt_tokens = 0
+        self.finish: str | None = None
+        self.done = False
+        self.failure: str | None = None
+
+    def feed(self, data: bytes, now: float) -> None:
+        for name, text in self.reader.feed(data):
+            if self.native:
+                self._native_event(name, text, now)
+            elif text == b"[DONE]":
+                self.done = True
+            else:
+                self._chunk(text, now)
+
+    def _text(self, now: float) -> None:
+        self.chunks += 1
+        self.last = now
+        if self.first is None:
+            self.first = now
+
+    def _chunk(self, text: bytes, now: float) -> None:
+        chunk = _decode_chunk(text)
+        if chunk.error is not None:
+            self.failure = f"stream: {_error_code(text)}"
+        for choice in chunk.choices:
+            if choice.delta is not None and (choice.delta.content or choice.delta.reasoning_content):
+                self._text(now)
+            if choice.finish_reason is not None:
+                self.finish = choice.finish_reason
+        if chunk.usage is not None:
+            self.tokens, self.prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+
+    def _native_event(self, name: bytes, text: bytes, now: float) -> None:
+        if name == b"done":
+            done = _decode_done(text)
+            self.tokens, self.finish, self.done = done.tokens_used, done.finish_reason, True
+        elif name == b"error":
+            self.failure = f"stream: {_error_code(text)}"
+        elif text:
+            self._text(now)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive HTTP/1.1 connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer: _Answer | None = None
+        self._waiter: asyncio.Future[int] | None = None
+        self._started = False
+        self._until_close = True
+        self._streams = False
+        self._now = 0.0
+        self.usable = True
+
+    async def ask(self, request: bytes, answer: _Answer) -> int:
+        """Send, and feed `answer` until the response is complete. Returns the status. Raises `_Failure`."""
+        assert self._transport is not None
+        self._answer, self._started, self._until_close, self._streams = answer, False, True, False
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._waiter
+
+    def close(self) -> None:
+        self.usable = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # asyncio's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        self._started = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            inner = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
+            self._end(inner if isinstance(inner, _Failure) else _Failure("not HTTP/1.1 or not the protocol expected"))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.usable = False
+        if not self._started:
+            self._end(_Lost("connection closed without an answer"))
+        elif self._until_close and exc is None and self._parser.get_status_code():
+            self._finish()
+        else:
+            self._end(_Failure("connection lost"))
+
+    # httptools' calls
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
+            self._until_close = False
+        elif name == b"content-type":
+            self._streams = value.startswith(b"text/event-stream")
+
+    def on_body(self, body: bytes) -> None:
+        if self._answer is None:
+            return
+        if self._streams:
+            try:
+                self._answer.feed(body, self._now)
+            except msgspec.DecodeError as error:
+                raise _Failure("an event is not the JSON expected") from error
+        else:
+            self._answer.body += body
+
+    def on_message_complete(self) -> None:
+        self.usable = self.usable and self._parser.should_keep_alive()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(self._parser.get_status_code())
+
+    def _end(self, failure: _Failure) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    parts: SplitResult
+    host: str
+    port: int
+    path: str
+    native: bool
+
+    @classmethod
+    def of(cls, url: str, api: Api) -> _Address:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise LoadFailed(f"{url} has no valid port.") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise LoadFailed(f"{url} is not an http:// or https:// URL.")
+        base = parts.path.rstrip("/")
+        path = base.removesuffix("/v1") + ("/chat/stream" if api == "native" else "/v1/chat/completions")
+        return cls(parts, parts.hostname, port or (443 if parts.scheme == "https" else 80), path, api == "native")
+
+    def request(self, method: str, body: bytes, key: str | None, path: str | None = None) -> bytes:
+        lines = [
+            f"{method} {path or self.path} HTTP/1.1",
+            f"Host: {self.parts.netloc.rpartition('@')[2]}",
+            "Accept: text/event-stream, application/json",
+            "User-Agent: headrace-bench",
+        ]
+        if body:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        if key:
+            lines.append(f"Authorization: Bearer {key}")
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+    async def connect(self) -> _Connection:
+        context = ssl.create_default_context() if self.parts.scheme == "https" else None
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, self.host, self.port, ssl=context)
+        return connection
+
+
+async def _ask(
+    address: _Address, connection: _Connection | None, number: int, request: bytes, timeout: float
+) -> tuple[Sample, _Connection | None]:
+    """One request over a kept connection, or over a new one where there is none or the server had closed it."""
+    started = time.perf_counter()
+    answer = _Answer(address.native)
+    error: str | None = None
+    try:
+        async with asyncio.timeout(timeout):
+            kept = connection is not None and connection.usable
+            if connection is None or not connection.usable:
+                connection = await address.connect()
+            try:
+                status = await connection.ask(request, answer)
+            except _Lost:
+                if not kept:
+                    raise
+                connection = await address.connect()
+                status = await connection.ask(request, answer)
+        if status != 200:
+            error = f"http {status} {_error_code(answer.body)}".strip()
+        elif answer.failure is not None:
+            error = answer.failure
+        elif not answer.done and answer.finish is None:
+            error = "stream ended early"
+    except TimeoutError:
+        error = "timeout"
+    except _Failure as failure:
+        error = str(failure)
+    except OSError as failure:
+        error = f"connect: {failure.strerror or type(failure).__name__}"
+    ended = time.perf_counter()
+    if error is not None and connection is not None:
+        connection.close()
+        connection = None
+    sample = Sample(
+        number=number,
+        started=started,
+        ended=ended,
+        first=answer.first,
+        last=answer.last,
+        tokens=answer.tokens or answer.chunks,
+        prompt_tokens=answer.prompt_tokens,
+        finish=answer.finish,
+        error=error,
+    )
+    return sample, connection
+
+
+async def _reach(address: _Address) -> None:
+    try:
+        (await address.connect()).close()
+    except OSError as error:
+        raise LoadFailed(f"No server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
+
+
+async def _first_model(address: _Address, key: str | None, timeout: float) -> str:
+    path = address.path.removesuffix("/chat/completions") + "/models"
+    answer = _Answer(native=False)
+    try:
+        async with asyncio.timeout(min(timeout, 30)):
+            connection = await address.connect()
+            try:
+                status = await connection.ask(address.request("GET", b"", key, path), answer)
+            finally:
+                connection.close()
+    except TimeoutError as error:
+        raise LoadFailed(f"{path} at {address.host}:{address.port} did not answer in time.") from error
+    except OSError as error:
+        raise LoadFailed(f"No server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
+    except _Failure as error:
+        raise LoadFailed(f"{path} at {address.host}:{address.port}: {error}.") from error
+    if status != 200:
+        raise LoadFailed(f"{path} at {address.host}:{address.port} answered {status} {_error_code(answer.body)}; name a model or a key.")
+    try:
+        listed = msgspec.json.decode(answer.body)
+        return str(listed["data"][0]["id"])
+    except (msgspec.DecodeError, LookupError, TypeError) as error:
+        raise LoadFailed(f"{path} at {address.host}:{address.port} lists no model; name one.") from error
+
+
+def _error_code(body: bytes) -> str:
+    """The short code in an error body of OpenAI's or of the native shape, for counting by kind."""
+    try:
+        said = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return ""
+    if isinstance(said, dict):
+        inner = said.get("error", said)
+        if isinstance(inner, dict):
+            for name in ("code", "type"):
+                if isinstance(inner.get(name), str):
+                    return str(inner[name])
+    return ""
