@@ -221,6 +221,54 @@ class Outcome:
                 self.completion_tokens = event.completion_tokens
 
 
+BudgetPeriod = Literal["day", "month", "total"]
+
+
+class LimitSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a key or a tenant may use; None is no limit."""
+
+    rpm: int | None = None
+    """Requests a minute: a token bucket whose burst is the limit."""
+    tpm: int | None = None
+    """Prompt and completion tokens a minute, likewise."""
+    concurrency: int | None = None
+    budget_tokens: int | None = None
+    budget_period: BudgetPeriod = "month"
+
+
+Scope = Literal["inference", "usage", "admin"]
+
+
+class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key as it is stored: everything but the secret."""
+
+    id: str
+    """`key_…`, random."""
+    name: str
+    prefix: str
+    """The first characters of the secret, for people to recognise it."""
+    digest: bytes
+    """HMAC-SHA-256 of the secret under the server's pepper."""
+    tenant: str
+    models: tuple[str, ...] = ()
+    """Names it may use; empty is all."""
+    scopes: frozenset[Scope] = frozenset({"inference"})
+    limits: LimitSpec = LimitSpec()
+    created_at: float = 0.0
+    """Unix time, like the others."""
+    created_by: str = ""
+    expires_at: float | None = None
+    revoked_at: float | None = None
+
+
+class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A group of keys, with limits over all of them."""
+
+    name: str
+    limits: LimitSpec = LimitSpec()
+    created_at: float = 0.0
+
+
 Transform = Callable[[list[Event]], list[Event]]
 
 
