@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from headrace.errors import HeadraceError
 from headrace.types import Call, EngineCard, EngineStats, Event, GenerateRequest, Message
+
+if TYPE_CHECKING:  # API processes have no other use for numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Engine(Protocol):
