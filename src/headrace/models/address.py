@@ -49,9 +49,7 @@ class Repository:
 
     def __str__(self) -> str:
         prefix = "hf" if self.hub == "huggingface" else "ms"
-        return (
-            f"{prefix}:{self.id}" + (f"@{self.revision}" if self.revision else "") + (f":{self.select}" if self.select else "")
-        )
+        return f"{prefix}:{self.id}" + (f"@{self.revision}" if self.revision else "") + (f":{self.select}" if self.select else "")
 
 
 Address = Echo | Remote | Local | Repository | catalog.CatalogEntry
@@ -74,7 +72,7 @@ def parse(text: str, hub: Hub) -> Address:
     path = Path(text).expanduser()
     if _exists(path):
         return Local(path)
-    if text.startswith((".", "/", "~")) or text.endswith(".gguf") and ":" not in text and text.count("/") != 2:
+    if text.startswith((".", "/", "~")) or text.endswith(".gguf"):
         raise ModelError(f"There is no file or folder {text}. {_hint(text)}")
     if "/" in text:
         return _repository(text, hub, text)

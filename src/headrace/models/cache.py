@@ -1,12 +1,12 @@
 """The cache folder: names that can't escape it, locks, atomic landing, disk space, hashes.
 
-    models/<name>-<key>/     model folders ready to serve, each landed whole by one rename
-    files/<name>-<key>/      files as they were downloaded, landed one by one after their check
-    partial/                 downloads under way; kept, so that the next try resumes
-    work/                    conversions under way; cleared when nobody holds their lock
-    locks/                   one lock file a model
-    hashes/                  SHA-256 of local files, by path, size and time
-    convert/                 the environment that converts Transformers folders
+models/<name>-<key>/     model folders ready to serve, each landed whole by one rename
+files/<name>-<key>/      files as they were downloaded, landed one by one after their check
+partial/                 downloads under way; kept, so that the next try resumes
+work/                    conversions under way; cleared when nobody holds their lock
+locks/                   one lock file a model
+hashes/                  SHA-256 of local files, by path, size and time
+convert/                 the environment that converts Transformers folders
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ _ENTRIES = (
             "smollm2-135m-instruct is a small English demonstration model: it answers fast and errs often.",
             "For real work pull a larger one: `headrace serve qwen3-0.6b` (0.5 GB), `qwen3-4b` (2.5 GB) or `qwen3-8b` (5 GB) "
             "speak Chinese and English; `phi-4-mini` (2.5 GB) is strong in English. `headrace models` lists more.",
-            "这是一个仅支持英文的小型演示模型，经常出错。正式使用请选择中文模型，例如 `headrace serve qwen3-0.6b` 或 `headrace serve qwen3-4b`；"
-            "下载不畅时可用 HEADRACE_HUB=modelscope。",
+            "这是一个仅支持英文的小型演示模型，经常出错。正式使用请选择支持中文的模型，"
+            "例如 `headrace serve qwen3-0.6b` 或 `headrace serve qwen3-4b`；下载不畅时可用 HEADRACE_HUB=modelscope。",
         ),
     ),
 )

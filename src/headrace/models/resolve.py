@@ -148,7 +148,8 @@ class _Puller:
     def _online(self, name: str) -> None:
         if self._section.offline:
             raise ModelError(
-                f"{name} isn't in the cache folder {self._cache.root}, and `offline` is set. Pull it once while online: `headrace pull {name}`."
+                f"{name} isn't in the cache folder {self._cache.root}, and `offline` is set. "
+                f"Pull it once while online: `headrace pull {name}`."
             )
 
     def _local(self, path: Path) -> ModelFiles:
