@@ -102,7 +102,7 @@ def takes_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., N
         parameters = [*own, config, *added]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         return run
 
     return decorate

@@ -31,7 +31,7 @@ _WORDS = (
     "city name team minute idea body back parent face level office door health person art war history party result change "
     "morning reason girl moment air teacher force foot boy age food music river stone light road field north garden paper window "
     "market bridge winter summer green small long young early late open clear simple warm cold quick"
-).split()
+)
 
 
 class LoadFailed(Exception):
@@ -139,9 +139,10 @@ def make_prompts(count: int, *, tokens: int = 100, seed: int = 0) -> list[str]:
     """Prompts of about `tokens` tokens. No two are alike, nor begin alike: a prefix cache can't help. The same seed gives the same ones."""
     source = random.Random(seed)
     first = source.randrange(1000, 9000)
+    vocabulary = _WORDS.split()
     prompts = []
     for number in range(count):
-        words = source.choices(_WORDS, k=max(1, tokens - 12))
+        words = source.choices(vocabulary, k=max(1, tokens - 12))
         prompts.append(f"{first + number} {' '.join(words)}. Write a long story with these words.")
     return prompts
 
@@ -165,8 +166,8 @@ async def run_load(
 ) -> LoadResult:
     """Send `requests` streaming, greedy requests, `users` at a time, each user the next as soon as its last one ended.
 
-    `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that know it generate
-    exactly `max_tokens`. `timeout` is seconds for one request. Raises `LoadFailed` where the server is away
+    `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that
+    know it generate exactly `max_tokens`. `timeout` is seconds for one request. Raises `LoadFailed` where the server is away
     before the first request; what fails later is counted by kind in the result.
     """
     address = _Address.of(url, api)
@@ -238,7 +239,7 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class _Done(msgspec.Struct):

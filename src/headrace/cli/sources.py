@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from dotenv import dotenv_values
 from pydantic import SecretStr, ValidationError
@@ -243,7 +243,9 @@ def _checked(values: Mapping[str, object], origins: Mapping[str, Origin], proble
     made: dict[str, Section] = {}
     for name, cls in sections().items():
         given = {field: _normal(field, values[field]) for field in cls.model_fields if field in values}
-        confused = [field for field, value in given.items() if isinstance(value, bool) and not _mentions(_field_info(field).annotation, bool)]
+        confused = [
+            field for field, value in given.items() if isinstance(value, bool) and not _mentions(_field_info(field).annotation, bool)
+        ]
         for field in confused:  # pydantic would take true for 1
             problems.append(f"{origins[field]}: a truth value makes no sense here.")
             del given[field]
@@ -253,7 +255,7 @@ def _checked(values: Mapping[str, object], origins: Mapping[str, Origin], proble
             problems += _explained(error, given, origins)
             continue
         made[name] = _expanded(section, origins, problems)
-    return None if problems else Config(**made)  # type: ignore[arg-type]
+    return None if problems else Config.model_validate(made)
 
 
 def _normal(field: str, value: object) -> object:
@@ -273,7 +275,7 @@ def _explained(error: ValidationError, given: Mapping[str, object], origins: Map
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "tuple_type":
             message = (
-                "a list is an array here, such as [\"a\", \"b\"]" if origins[field].kind == "toml" else "a list is comma-separated here, a,b"
+                'a list is an array here, such as ["a", "b"]' if origins[field].kind == "toml" else "a list is comma-separated here, a,b"
             )
         what = "this value is not valid" if is_secret(field) else f"{shown(field, value)!r} is not valid"
         yield f"{origins[field]}: {what}: {message}."

@@ -1,0 +1,273 @@
+"""The checks of `headrace doctor`, one function each."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import ipaddress
+import os
+import platform
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from headrace.cli import machine
+from headrace.cli.fit import Fit, measure
+from headrace.cli.models import readable
+from headrace.config import Config
+from headrace.errors import ModelError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    """`failed`: serving is impossible."""
+    detail: str
+    advice: str = ""
+    """What to do; empty where nothing has to be done."""
+    facts: dict[str, object] = field(default_factory=dict)
+    """For programs; sizes are bytes."""
+
+
+def all_checks(config: Config) -> list[Check]:
+    fit, trouble = None, ""
+    try:
+        fit = measure(config)
+    except ModelError as error:
+        trouble = error.message
+    return [
+        check_python(),
+        check_packages(),
+        check_cores(config),
+        check_processor(),
+        check_memory(machine.memory()),
+        check_fit(config, fit, trouble, machine.memory()),
+        check_disk(config.model.cache_dir, fit.to_write if fit else 0),
+        check_access(config),
+        check_port(config.server.host, config.server.port),
+        check_open_files(),
+    ]
+
+
+def check_python() -> Check:
+    version = platform.python_version()
+    build = f"{platform.python_implementation()} {version} on {platform.system()} {platform.machine()}"
+    return Check("Python", "ok", build, facts={"version": version})
+
+
+def check_packages(version_of: Callable[[str], str] = importlib.metadata.version) -> Check:
+    """Headrace's own requirements, as its metadata names them. Only the forms of bounds used there are understood: >= and <."""
+    versions: dict[str, str] = {}
+    wrong: list[str] = []
+    for requirement in importlib.metadata.requires("headrace") or ():
+        text, _, marker = requirement.partition(";")
+        if "extra" in marker:
+            continue
+        found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*(.*)", text.strip())
+        if found is None:
+            continue
+        name, bounds = found[1], found[2]
+        try:
+            versions[name] = version_of(name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        for comparison, bound in re.findall(r"(>=|<)\s*([0-9.]+)", bounds):
+            newer = _release(versions[name]) >= _release(bound)
+            if newer != (comparison == ">="):
+                wrong.append(f"{name} is {versions[name]}, wanted {comparison}{bound}")
+    if wrong:
+        return Check("Packages", "failed", "; ".join(wrong), "Install again: pip install --upgrade headrace", {"versions": versions})
+    shown = ", ".join(
+        f"{name} {versions[name]}" for name in ("openvino", "tokenizers", "fastapi", "uvicorn", "pydantic") if name in versions
+    )
+    return Check("Packages", "ok", f"{len(versions)} present: {shown}, …", facts={"versions": versions})
+
+
+def check_cores(config: Config) -> Check:
+    cores = machine.cores()
+    facts: dict[str, object] = {"cores": cores}
+    shown = f"{cores:g} core{'s' if cores != 1 else ''}"
+    threads = config.engine.threads
+    if threads is not None and threads > cores:
+        return Check(
+            "Cores",
+            "warning",
+            f"{shown}, {threads} engine threads",
+            "More threads than cores slow the engine down; lower --threads.",
+            facts,
+        )
+    if cores < 2:
+        return Check(
+            "Cores", "warning", shown, "Engine and API share one core; give the container or machine two for steady streams.", facts
+        )
+    return Check("Cores", "ok", shown, facts=facts)
+
+
+def check_processor(root: Path = Path("/")) -> Check:
+    flags = machine.features(root)
+    named = {
+        "AVX2": "avx2" in flags,
+        "AVX-512": "avx512f" in flags,
+        "VNNI": bool(flags & {"avx512_vnni", "avx_vnni"}),
+        "BF16": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        "AMX": "amx_tile" in flags,
+    }
+    facts: dict[str, object] = {**named}
+    arm = bool(flags & {"asimd", "neon"})
+    has = ", ".join(name for name, present in named.items() if present) or ("NEON" if arm else "no known features")
+    name = machine.processor(root) or platform.processor() or platform.machine()
+    detail = f"{name}: {has}"
+    if not flags:
+        return Check("Processor", "ok", f"{name}; its features can't be read here", facts=facts)
+    if not arm and not named["AVX2"]:
+        return Check(
+            "Processor", "warning", detail, "Without AVX2 answers are slow. In a virtual machine, pass the host's processor through.", facts
+        )
+    if not arm and not named["AVX-512"]:
+        return Check("Processor", "ok", f"{detail} (AVX-512 or AMX would be faster)", facts=facts)
+    return Check("Processor", "ok", detail, facts=facts)
+
+
+def check_memory(memory: machine.Memory | None) -> Check:
+    if memory is None:
+        return Check("Memory", "ok", "can't be read on this system")
+    bound = f", limited to {memory.limit / GIB:.1f} GiB by its container or service" if memory.limit else ""
+    detail = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB{bound}"
+    facts: dict[str, object] = {"total": memory.total, "available": memory.available, "limit": memory.limit}
+    if memory.available < GIB // 2:
+        return Check("Memory", "failed", detail, "Even the smallest model needs 0.5 GiB; end other programs or raise the limit.", facts)
+    return Check("Memory", "ok", detail, facts=facts)
+
+
+def check_fit(config: Config, fit: Fit | None, trouble: str, memory: machine.Memory | None) -> Check:
+    """Weights, working memory, and keys and values of one full context against free memory."""
+    if fit is None:
+        return Check("Model", "failed", f"{config.model.model} can't be served", trouble)
+    facts: dict[str, object] = {
+        "model": fit.name,
+        "weights": fit.weights,
+        "kv_bytes_per_token": fit.kv_per_token,
+        "context": fit.context,
+        "needed": fit.needed,
+        "in_cache": fit.here,
+    }
+    if fit.needed == 0:
+        return Check("Model", "ok", f"{fit.name} {fit.reason}", facts=facts)
+    parts = [f"weights {readable(fit.weights)}"]
+    if fit.kv_per_token and fit.context:
+        parts.append(f"keys and values of {fit.context} tokens {readable(fit.kv_per_token * fit.context)}")
+    where = "" if fit.here else "; it will be downloaded at the first start"
+    detail = f"{fit.name} needs {readable(fit.needed)} of memory ({', '.join(parts)}){where}"
+    if memory is None:
+        return Check("Model", "ok", detail, facts=facts)
+    if not fit.here and config.model.offline:
+        return Check(
+            "Model", "failed", f"{fit.name} is not in the cache, and `offline` is set", f"While online: headrace pull {fit.name}", facts
+        )
+    if fit.least > memory.available:
+        free = f"{readable(memory.available)} are free"
+        return Check("Model", "failed", f"{detail}, but {free}", "Take a smaller model (`headrace models`) or free memory.", facts)
+    if fit.needed > memory.available:
+        free = f"{readable(memory.available)} are free"
+        return Check("Model", "warning", f"{detail}, but {free}", "Long conversations won't fit; lower --context, or free memory.", facts)
+    wanted = config.engine.kv_cache_gib
+    if wanted is not None and fit.least + wanted * GIB > memory.available:
+        return Check("Model", "failed", f"{detail}; with kv_cache_gib = {wanted:g} it is more than is free", "Lower --kv-cache-gib.", facts)
+    return Check("Model", "ok", detail, facts=facts)
+
+
+def check_disk(folder: Path, needed: int) -> Check:
+    """The cache folder, or where it would be made."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return Check("Cache", "failed", f"{folder} can't be made: {existing} is a file", "Set HEADRACE_CACHE to another folder.")
+    free = shutil.disk_usage(existing).free
+    facts: dict[str, object] = {"folder": str(folder), "free": free, "needed": needed}
+    detail = f"{folder}, {readable(free)} free"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        # A cache that was filled beforehand may well be read-only.
+        status: Literal["failed", "warning"] = "failed" if needed else "warning"
+        return Check("Cache", status, f"{detail}, not writable", "Set HEADRACE_CACHE to a folder you may write to.", facts)
+    if free < needed:
+        return Check(
+            "Cache", "failed", f"{detail}, {readable(needed)} needed", "Free space, or set HEADRACE_CACHE to a larger disk.", facts
+        )
+    return Check("Cache", "ok", detail, facts=facts)
+
+
+def check_access(config: Config) -> Check:
+    """The start is refused where anybody on the network could use the server."""
+    keys = len(config.access.api_keys)
+    if keys:
+        return Check("Access", "ok", f"{keys} key{'s' if keys > 1 else ''}")
+    try:
+        loopback = ipaddress.ip_address(config.server.host).is_loopback
+    except ValueError:
+        loopback = config.server.host == "localhost"
+    if loopback:
+        return Check("Access", "ok", "no keys, and reachable from this machine only")
+    if config.access.insecure_no_auth:
+        return Check("Access", "warning", f"{config.server.host} is open to everybody who can reach it", "Set HEADRACE_API_KEYS.")
+    detail = f"{config.server.host} is reachable from other machines, and no keys are set"
+    return Check("Access", "failed", detail, "Set HEADRACE_API_KEYS (or --insecure-no-auth, if another gate stands before it).")
+
+
+def check_port(host: str, port: int) -> Check:
+    facts: dict[str, object] = {"host": host, "port": port}
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        return Check("Port", "failed", f"{host} is no address ({error.strerror})", "Set --host to an address of this machine.", facts)
+    family, kind, protocol, _, address = found[0]
+    try:
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1)
+    except PermissionError:
+        return Check(
+            "Port", "failed", f"{port} on {host} may not be used", "Ports below 1024 need rights; take another with --port.", facts
+        )
+    except OSError as error:
+        reason = "is taken" if error.errno == errno.EADDRINUSE else f"can't be bound ({error.strerror})"
+        advice = (
+            "Stop the program that has it, or take another port: --port 8001."
+            if error.errno == errno.EADDRINUSE
+            else "Set --host to an address of this machine."
+        )
+        return Check("Port", "failed", f"{port} on {host} {reason}", advice, facts)
+    return Check("Port", "ok", f"{port} on {host} is free" if port else f"any free one on {host}", facts=facts)
+
+
+def check_open_files() -> Check:
+    """Each client's connection is an open file."""
+    try:
+        import resource
+    except ImportError:
+        return Check("Open files", "ok", "no limit is known on this system")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= 1024:
+        return Check("Open files", "ok", "unlimited" if soft == resource.RLIM_INFINITY else f"up to {soft}", facts={"limit": soft})
+    return Check(
+        "Open files",
+        "warning",
+        f"up to {soft}",
+        f"Many clients at once will be turned away; raise it: ulimit -n {min(hard, 65536)}",
+        {"limit": soft},
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    parts = [int(part) for part in numbers[0].split(".")] if numbers else [0]
+    return tuple(parts + [0] * (6 - len(parts)))

@@ -1,0 +1,102 @@
+"""How much memory and disk a model will take, found out without loading or downloading it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.config import Config
+
+_WORKING = 300 * 2**20
+"""Bytes of a worker beside weights and keys: the interpreter, OpenVINO, its compiled graph (SmolLM2-135M: 290 MiB)."""
+
+_KV_BYTES = 1.1875
+"""Bytes an element of keys and values takes in 8-bit blocks of 32 tokens, scales included: the mean of 40/32 and 72/64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Sizes are bytes; 0 where nothing is needed or nothing is known."""
+
+    name: str
+    reason: str = ""
+    """Why no memory is needed."""
+    weights: int = 0
+    kv_per_token: int = 0
+    context: int = 0
+    known_need: int = 0
+    """What the catalog says that serving takes, for a model that isn't here."""
+    to_write: int = 0
+    """Disk space that the first start takes."""
+    here: bool = False
+
+    @property
+    def least(self) -> int:
+        """Without keys and values."""
+        return self.weights + _WORKING if self.weights else 0
+
+    @property
+    def needed(self) -> int:
+        """With keys and values of one full context."""
+        return max(self.known_need, self.least + self.kv_per_token * self.context)
+
+
+def measure(config: Config) -> Fit:
+    """The configured model's needs. Raises `ModelError` where its name means nothing."""
+    from headrace.models import catalog
+    from headrace.models.address import Echo, Local, Remote, Repository, parse
+    from headrace.models.resolve import local_models
+
+    section = config.model
+    address = parse(section.model, section.hub)
+    match address:
+        case Echo():
+            return Fit("echo", "needs no model", here=True)
+        case Remote():
+            return Fit(address.url, "runs elsewhere", here=True)
+        case Local(path):
+            return _local(path, section.context)
+        case Repository() | catalog.CatalogEntry():
+            sources = {address.source, address.mirror} if isinstance(address, catalog.CatalogEntry) else {str(address)}
+            name = section.model if isinstance(address, Repository) else address.name
+            for model in local_models(section.cache_dir):
+                if model.source in sources or model.name == name:
+                    return _folder(Path(model.folder), name, section.context or model.context_length)
+            if isinstance(address, Repository):
+                return Fit(name, "is not in the cache, so its size isn't known yet")
+            # Downloaded, converted, and for a moment both.
+            return Fit(name, weights=address.size, known_need=address.memory, to_write=4 * address.size)
+
+
+def _local(path: Path, context: int | None) -> Fit:
+    if path.is_dir() and (path / "openvino_model.bin").is_file():
+        return _folder(path, path.name, context or 0)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+    weights = sum(file.stat().st_size for file in files)
+    return Fit(path.name, weights=weights, to_write=2 * weights, here=True)
+
+
+def _folder(folder: Path, name: str, context: int) -> Fit:
+    from headrace.models.card import read_card
+
+    weights = (folder / "openvino_model.bin").stat().st_size
+    return Fit(name, weights=weights, kv_per_token=_kv_per_token(folder), context=context or read_card(folder).context_length, here=True)
+
+
+def _kv_per_token(folder: Path) -> int:
+    """From the graph's key and value variables, of shape [sequence, heads, tokens, head size].
+
+    Each is there twice under one name: where it is read, and where it is assigned.
+    """
+    shapes: dict[str, str] = {}
+    with (folder / "openvino_model.xml").open(encoding="utf-8", errors="replace") as graph:
+        for line in graph:
+            if found := re.search(r'variable_id="([^"]*)".*variable_shape="([^"]*)"', line):
+                shapes[found[1]] = found[2]
+    elements = 0
+    for shape in shapes.values():
+        fixed = [int(size) for size in shape.split(",") if size.strip().isdigit()]
+        if len(fixed) == 2 and shape.count(",") == 3:
+            elements += fixed[0] * fixed[1]
+    return int(elements * _KV_BYTES)

@@ -1,0 +1,74 @@
+"""`headrace ps`: the processes of a running server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from headrace.cli.target import ServerAway, Target, target
+
+
+def ps(
+    url: str | None = typer.Option(None, "--url", help="The server; default is this machine's, as configured.", show_default=False),
+    key: str | None = typer.Option(None, "--key", help="Bearer token.", show_default=False),
+    as_json: bool = typer.Option(False, "--json", help="Print the server's answer as JSON."),
+    config: Path | None = typer.Option(None, "--config", help="TOML file that says where the server is.", show_default=False),
+) -> None:
+    """Show a running server's engine workers: state, restarts, load and memory."""
+    try:
+        said = _ask(target(url, key, config))
+    except ServerAway as error:
+        typer.echo(f"headrace: {error}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(said, ensure_ascii=False))
+    else:
+        _print_table(said["workers"])
+
+
+def _ask(server: Target) -> dict[str, Any]:
+    import httpx
+
+    try:
+        with server.client(timeout=10) as client:
+            answer = client.get(f"{server.root}/admin/ps")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        server.away(error)
+    if answer.status_code in (401, 403):
+        raise ServerAway(
+            f"{server.root} shows its processes only on its own machine or to an administrator's key (HTTP {answer.status_code})."
+        )
+    try:
+        said = answer.json()
+    except ValueError:
+        said = None
+    if answer.status_code != 200 or not isinstance(said, dict) or not isinstance(said.get("workers"), list):
+        raise ServerAway(
+            f"What answers at {server.root} is not a Headrace server that we can ask for its processes (HTTP {answer.status_code})."
+        )
+    return said
+
+
+def _print_table(workers: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ready": "green", "starting": "yellow", "standby": "cyan", "stopping": "yellow", "failed": "red"}
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("PID", "MODEL", "STATE", "RESTARTS", "RUNNING", "WAITING", "MEMORY"):
+        table.add_column(title, justify="left" if title in ("MODEL", "STATE") else "right")
+    for worker in workers:
+        state = str(worker.get("state", "?"))
+        memory = worker.get("memory_mib")
+        table.add_row(
+            str(worker.get("pid", "?")),
+            Text(str(worker.get("model", "?"))),
+            Text(state, style=colours.get(state, "")),
+            *(str(worker.get(name, "?")) for name in ("restarts", "running", "waiting")),
+            f"{memory:,.0f} MiB" if isinstance(memory, int | float) else "?",
+        )
+    Console().print(table)

@@ -1,0 +1,81 @@
+"""Which server a client command talks to."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
+
+from headrace.errors import ConfigError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from headrace.config import Config
+
+
+class ServerAway(Exception):
+    """No answer, or not the answer of a server that we know; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    root: str
+    """Scheme, address and path, without a slash or `/v1` at the end."""
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    @property
+    def is_local(self) -> bool:
+        host = urlsplit(self.root).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    def away(self, error: Exception) -> NoReturn:
+        """Say in one message that the server can't be reached."""
+        start = "; is it running? `headrace serve` starts it" if self.is_local else ""
+        raise ServerAway(f"No server answers at {self.root}{start} ({str(error) or type(error).__name__}).") from error
+
+    def client(self, *, timeout: float | None) -> httpx.Client:
+        """A client for this server; a proxy from the environment is for others than this machine."""
+        import httpx
+
+        return httpx.Client(headers=self.headers, timeout=httpx.Timeout(timeout, connect=10), trust_env=not self.is_local)
+
+
+def target(url: str | None, key: str | None, config: Path | None = None) -> Target:
+    """The server named by `--url`, or this machine's, as configured.
+
+    The configured key goes to the configured server only, never to a URL that somebody gave. Raises `ConfigError`.
+    """
+    if url is not None:
+        root = url if "://" in url else f"http://{url}"
+        return Target(root.rstrip("/").removesuffix("/v1"), key)
+    from headrace.cli.sources import load
+
+    loaded = load(file=config).config
+    if loaded.server.port == 0:
+        raise ConfigError("The configured port is 0, any free one; say with --url where the server is.")
+    keys = loaded.access.api_keys
+    return Target(local_root(loaded), key or (keys[0].get_secret_value() if keys else None))
+
+
+def local_root(config: Config) -> str:
+    """How this machine reaches the server that `config` describes."""
+    host = config.server.host
+    try:
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            host = "127.0.0.1" if address.version == 4 else "[::1]"
+        elif address.version == 6:
+            host = f"[{host}]"
+    except ValueError:
+        pass
+    return f"http://{host}:{config.server.port}"
