@@ -1,0 +1,144 @@
+"""The HTTP application: its layers, and its routes by URL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.gzip import GZipMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headrace import __version__
+from headrace.config import Config
+from headrace.http.admin import Admin
+from headrace.http.client_address import TrustedProxies
+from headrace.http.docs import JSON_OBJECT, JSON_OR_STREAM, OPENAI_ERROR, STREAM, document, takes
+from headrace.http.edge import Edge
+from headrace.http.exchange import exchange_of
+from headrace.http.health import HealthRoutes
+from headrace.http.metrics import Metrics
+from headrace.http.native import NativeChat
+from headrace.http.native_wire import BatchReply, ChatReply, DetokenizeReply, InvalidFields, NativeError, TokenizeReply
+from headrace.http.openai_chat import ChatCompletions
+from headrace.http.openai_completions import Completions
+from headrace.http.openai_models import Models
+from headrace.http.problems import routing_answer
+from headrace.http.route import Endpoint, Route
+from headrace.http.serving import Control, Runs, Serving
+from headrace.http.tokens import Tokens
+from headrace.served import ServedModels
+
+_REFUSED: dict[int | str, Any] = {
+    400: {"model": NativeError, "description": "The request can't be served as it is"},
+    404: {"model": NativeError, "description": "No such model"},
+    422: {"model": InvalidFields, "description": "A field is missing, unknown or out of range"},
+    503: {"model": NativeError, "description": "Not now"},
+}
+_UNAUTHORIZED: dict[int | str, Any] = {401: {"model": NativeError, "description": "No key, or one that the server doesn't know"}}
+_OPENAI: dict[int | str, Any] = {400: OPENAI_ERROR, 404: OPENAI_ERROR}
+
+
+def create_api(config: Config, models: ServedModels, journey: Runs, *, control: Control) -> FastAPI:
+    """The application that one API process serves.
+
+    Serve it with `uvicorn.Config(proxy_headers=False, access_log=False)`: it works out addresses and logs requests by itself.
+    """
+    serving = Serving(config, models, journey, control)
+    metrics = Metrics(models)
+    app = FastAPI(
+        title="Headrace",
+        version=__version__,
+        description="A language model over HTTP: the tutorial's own routes, and OpenAI's under /v1.",
+        docs_url="/docs" if config.server.docs else None,
+        openapi_url="/openapi.json" if config.server.docs else None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        # A redirect would be to the address in the Host header, which anyone can write.
+        redirect_slashes=False,
+    )
+    _add_routes(app, serving, metrics)
+    document(app)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    # The last added is the outermost.
+    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=5)
+    if config.server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.server.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Client-Request-Id", "Server-Timing", "Retry-After"],
+        )
+    app.add_middleware(Edge, proxies=TrustedProxies(config.access.trusted_proxies), metrics=metrics, models=models)
+    return app
+
+
+def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
+    body_limit = int(serving.config.server.max_body_mib * 1048576)
+    openai_chat = ChatCompletions(serving, body_limit)
+    openai_completions = Completions(serving, body_limit)
+    openai_models = Models(serving)
+    chat = NativeChat(serving, body_limit)
+    tokens = Tokens(serving, body_limit)
+    health = HealthRoutes(serving)
+    admin = Admin(serving)
+
+    def add(method: str, path: str, endpoint: Endpoint, tag: str, **documented: Any) -> None:
+        app.router.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            tags=[tag],
+            response_model=None,
+            route_class_override=Route,
+            **documented,
+        )
+
+    # The busiest come first: routes are tried in order.
+    add("POST", "/v1/chat/completions", openai_chat.create, "OpenAI", name="chat_completions",
+        openapi_extra=takes("ChatCompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
+    add("POST", "/v1/completions", openai_completions.create, "OpenAI", name="completions",
+        openapi_extra=takes("CompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
+    add("POST", "/chat", chat.chat, "Chat",
+        openapi_extra=takes("ChatQuestion"), responses={200: {"model": ChatReply}, **_REFUSED})  # fmt: skip
+    add("POST", "/chat/stream", chat.stream, "Chat",
+        openapi_extra=takes("ChatQuestion"), responses={200: STREAM, **_REFUSED})  # fmt: skip
+    add("POST", "/chat/batch", chat.batch, "Chat",
+        openapi_extra=takes("ChatQuestion", many=True), responses={200: {"model": BatchReply}, **_REFUSED})  # fmt: skip
+    add("POST", "/chat/secure", chat.secure, "Chat",
+        openapi_extra=takes("ChatQuestion") | {"security": [{"bearer": []}]},
+        responses={200: {"model": ChatReply}, **_REFUSED, **_UNAUTHORIZED})  # fmt: skip
+    add("POST", "/tokenize", tokens.tokenize, "Tokens",
+        openapi_extra=takes("TokenizeQuestion"), responses={200: {"model": TokenizeReply}, **_REFUSED})  # fmt: skip
+    add("POST", "/detokenize", tokens.detokenize, "Tokens",
+        openapi_extra=takes("DetokenizeQuestion"), responses={200: {"model": DetokenizeReply}, **_REFUSED})  # fmt: skip
+    add("GET", "/v1/models", openai_models.list, "OpenAI", name="models", responses={200: JSON_OBJECT})
+    add("GET", "/v1/models/{model:path}", openai_models.retrieve, "OpenAI", name="model", responses={200: JSON_OBJECT, 404: OPENAI_ERROR})
+    add("GET", "/health", health.health, "Health")
+    add("GET", "/health/live", health.live, "Health")
+    add("GET", "/health/ready", health.ready, "Health")
+    add("GET", "/health/startup", health.startup, "Health")
+    add("GET", "/metrics", metrics.scrape, "Health", name="metrics")
+    add("GET", "/admin/ps", admin.ps, "Health", name="ps", include_in_schema=False)
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    exchange = exchange_of(request.scope)
+    allow = (error.headers or {}).get("Allow", "") if error.headers else ""
+    return _Told(routing_answer(error.status_code, openai=exchange.openai, path=request.scope["path"], allow=allow))
+
+
+class _Told(Response):
+    """One of our answers, for Starlette's error layer, which wants a `Response`."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)

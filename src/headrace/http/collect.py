@@ -1,0 +1,71 @@
+"""A call run to its end, for answers that are not streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from headrace.errors import RequestFailed
+from headrace.http.serving import Runs
+from headrace.types import Call, Delta, FinishReason, PromptScores, TokenLogprob
+
+
+@dataclass(slots=True)
+class Choice:
+    pieces: list[str] = field(default_factory=list)
+    finish: FinishReason = "stop"
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass(slots=True)
+class Collected:
+    choices: list[Choice]
+    scores: tuple[TokenLogprob | None, ...] = ()
+
+
+async def collect(journey: Runs, call: Call) -> Collected:
+    """All that a call gave. Raises the journey's errors."""
+    choices = [Choice() for _ in range(call.sampling.n)]
+    collected = Collected(choices)
+    async with aclosing(journey.run(call)) as batches:
+        async for batch in batches:
+            for event in batch:
+                if isinstance(event, Delta):
+                    choice = choices[event.choice]
+                    if event.text:
+                        choice.pieces.append(event.text)
+                    if event.logprobs:
+                        choice.logprobs.extend(event.logprobs)
+                    if event.finish is not None:
+                        choice.finish = finish_for_clients(event.finish)
+                elif isinstance(event, PromptScores):
+                    collected.scores = event.scores
+    return collected
+
+
+def finish_for_clients(finish: FinishReason) -> FinishReason:
+    """Raises `RequestFailed` for the reasons that are none of a client's."""
+    if finish in ("cancelled", "error"):
+        raise RequestFailed("The engine ended the request before it was complete.")
+    return finish
+
+
+def timing(calls: Iterable[Call]) -> str:
+    """Milliseconds of the slowest call in each phase, in the form of a Server-Timing header."""
+    reports = [call.outcome.report for call in calls if call.outcome.report is not None]
+    if not reports:
+        return ""
+    queue = max(report.queue_ms for report in reports)
+    prefill = max(report.prefill_ms for report in reports)
+    decode = max(report.decode_ms for report in reports)
+    return f"queue;dur={queue:.1f}, prefill;dur={prefill:.1f}, decode;dur={decode:.1f}"
+
+
+def timing_headers(calls: Iterable[Call]) -> list[tuple[bytes, bytes]]:
+    said = timing(calls)
+    return [(b"server-timing", said.encode())] if said else []

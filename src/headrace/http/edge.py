@@ -1,0 +1,86 @@
+"""The outermost layer, around every request: its id, its log line, its counts, and the answer to faults of our own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.http.client_address import TrustedProxies
+from headrace.http.exchange import Exchange, open_exchange
+from headrace.http.metrics import Metrics, model_of
+from headrace.http.problems import problem_answer, unexpected
+from headrace.served import ServedModels
+
+CLIENT_HUNG_UP = 499
+"""What the log and the counters say where nobody was left to answer; nginx's word for it."""
+
+
+class Edge:
+    """Pure ASGI. Expects `uvicorn.Config(proxy_headers=False, access_log=False)`: addresses and log lines are its own matter."""
+
+    def __init__(self, app: ASGIApp, *, proxies: TrustedProxies, metrics: Metrics, models: ServedModels) -> None:
+        self._app = app
+        self._proxies = proxies
+        self._metrics = metrics
+        self._models = models
+        self._log: Any = structlog.get_logger("headrace.access")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = open_exchange(scope, self._proxies)
+        scope["headrace"] = exchange
+        ours = [(b"x-request-id", exchange.id.encode()), (b"x-content-type-options", b"nosniff")]
+        if exchange.client_id is not None:
+            ours.append((b"x-client-request-id", exchange.client_id.encode()))
+
+        async def send_with_ours(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *ours]
+            await send(message)
+
+        self._metrics.opened()
+        try:
+            await self._app(scope, receive, send_with_ours)
+        except Exception:
+            self._log.exception("request failed", request_id=exchange.id)
+            if exchange.status:
+                raise
+            await problem_answer(unexpected(), openai=exchange.openai)(scope, receive, send_with_ours)
+        finally:
+            self._close(exchange)
+
+    def _close(self, exchange: Exchange) -> None:
+        ended = time.monotonic()
+        status = exchange.status or CLIENT_HUNG_UP
+        served = model_of(self._models, exchange)
+        model = served.public_name if served is not None else ""
+        self._metrics.closed(exchange, status, model, ended)
+        said: dict[str, Any] = {
+            "method": exchange.method,
+            "route": exchange.route,
+            "status": status,
+            "seconds": round(ended - exchange.started_at, 6),
+            "request_id": exchange.id,
+        }
+        if exchange.calls:
+            calls = exchange.calls
+            said["model"] = model
+            said["prompt_tokens"] = sum(call.outcome.prompt_tokens for call in calls)
+            said["completion_tokens"] = sum(call.outcome.completion_tokens for call in calls)
+            if calls[0].key is not None:
+                said["key"] = calls[0].key
+            error = next((call.outcome.error for call in calls if call.outcome.error is not None), None)
+            code = getattr(error, "code", None)
+            if code is not None:
+                said["error"] = code
+        if exchange.client_id is not None:
+            said["client_request_id"] = exchange.client_id
+        if exchange.gone:
+            said["hung_up"] = True
+        self._log.info("request", **said)

@@ -1,0 +1,72 @@
+"""Noticing that a client hung up, while its answer is being made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from starlette.types import Receive
+
+Idle = Callable[[], Awaitable[float]]
+"""Called now and then while the client waits; returns the seconds until the next time."""
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody is left to answer."""
+
+
+class Watch:
+    """Within it, a hang-up cancels what the task awaits, at once; then it raises `ClientGone`.
+
+    The body must have been read. Leave the watch before the response is completed: servers report that as a disconnect, too.
+    """
+
+    __slots__ = ("_gone", "_idle", "_pause", "_receive", "_task", "_watcher")
+
+    def __init__(self, receive: Receive, idle: Idle | None = None, pause: float | None = None) -> None:
+        self._receive = receive
+        self._idle = idle
+        self._pause = pause
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._watcher.cancel()
+        if not self._gone:
+            return
+        if not isinstance(error, asyncio.CancelledError):
+            # The work ended in the same instant; its cancellation is still to be delivered.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        self._task.uncancel()
+        raise ClientGone from None
+
+    async def _watch(self) -> None:
+        try:
+            while True:
+                if await self._disconnected():
+                    break
+                if self._idle is not None:
+                    self._pause = await self._idle()
+        except OSError:
+            pass
+        self._gone = True
+        self._task.cancel()
+
+    async def _disconnected(self) -> bool:
+        """True at a hang-up, False when the pause is over."""
+        try:
+            async with asyncio.timeout(self._pause):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        return True
+        except TimeoutError:
+            return False

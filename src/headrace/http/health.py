@@ -1,0 +1,65 @@
+"""Is it well? For people, load balancers and probes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from starlette.requests import Request
+
+from headrace import __version__
+from headrace.http.answers import Answer, json_answer
+from headrace.http.serving import Serving
+
+Health = Literal["healthy", "starting", "unhealthy"]
+
+
+class HealthRoutes:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def health(self, request: Request) -> Answer:
+        """200 when requests are served; 503 with `starting` or `unhealthy`, and why."""
+        state, reason = self.state()
+        models = self._serving.models
+        body: dict[str, Any] = {
+            "status": state,
+            "service": "headrace",
+            "version": __version__,
+            "model": models.default.public_name,
+            "uptime_seconds": round(max(0.0, time.monotonic() - self._serving.control.started_at), 3),
+            "models": [{"name": served.public_name, "state": served.status.state, "restarts": served.status.restarts} for served in models],
+        }
+        if reason:
+            body["reason"] = reason
+        return json_answer(body, status=200 if state == "healthy" else 503)
+
+    async def live(self, request: Request) -> Answer:
+        """200 as long as this process answers: a restart would help nothing."""
+        return json_answer({"status": "alive"})
+
+    async def ready(self, request: Request) -> Answer:
+        """200 when requests are served at once, 503 while the engine starts, restarts or drains."""
+        state, reason = self.state()
+        if state == "healthy":
+            return json_answer({"status": "ready"})
+        return json_answer({"status": "not ready", "reason": reason}, status=503)
+
+    async def startup(self, request: Request) -> Answer:
+        """200 from when every model was ready for the first time."""
+        if all(served.card is not None for served in self._serving.models):
+            return json_answer({"status": "started"})
+        return json_answer({"status": "starting", "reason": self.state()[1]}, status=503)
+
+    def state(self) -> tuple[Health, str]:
+        """Overall health, and why it isn't better."""
+        if self._serving.control.draining:
+            return "unhealthy", "The server is shutting down."
+        for served in self._serving.models:
+            status = served.status
+            if status.state == "ready":
+                continue
+            first = served.card is None and status.state in ("starting", "standby") and status.restarts == 0
+            reason = status.reason or f"The engine is {status.state}."
+            return ("starting" if first else "unhealthy"), f"{served.public_name}: {reason}"
+        return "healthy", ""

@@ -1,0 +1,190 @@
+"""`GET /metrics`: counters of requests and tokens, and the engines' gauges, taken when asked.
+
+With several API processes each counts into files in the folder that `PROMETHEUS_MULTIPROC_DIR` names (the supervisor sets it before
+prometheus_client is imported), and whichever is asked adds them up. The engines' gauges need no adding: all processes share the engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from starlette.requests import Request
+
+from headrace.http.answers import Answer, Whole
+from headrace.http.exchange import Exchange
+from headrace.served import ServedModel, ServedModels
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_REQUEST_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+_QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
+
+
+@runtime_checkable
+class Refreshes(Protocol):
+    """An engine client whose statistics are elsewhere."""
+
+    async def refresh(self) -> None:
+        """Fetch what `stats()` then says."""
+        ...
+
+
+class _ModelMeters:
+    """One model's children, resolved once: looking labels up costs more than counting."""
+
+    __slots__ = ("cached", "completion", "first_token", "per_token", "prompt", "queue")
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.prompt = metrics.prompt_tokens.labels(model)
+        self.completion = metrics.completion_tokens.labels(model)
+        self.cached = metrics.cached_tokens.labels(model)
+        self.first_token = metrics.first_token.labels(model)
+        self.per_token = metrics.per_token.labels(model)
+        self.queue = metrics.queue.labels(model)
+
+
+class Metrics:
+    def __init__(self, models: ServedModels) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self._models = models
+        self._shared = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+        self.registry = CollectorRegistry()
+        into = self.registry
+        self.requests = Counter("headrace_requests", "Answered requests", ["route", "method", "status", "model"], registry=into)
+        self.seconds = Histogram(
+            "headrace_request_seconds", "From receipt to the last byte", ["route"], buckets=_REQUEST_BUCKETS, registry=into
+        )
+        # In files, gauges of processes that died are left out of the sum.
+        self.in_flight = Gauge("headrace_requests_in_flight", "Requests being answered", multiprocess_mode="livesum", registry=into)
+        self.prompt_tokens = Counter("headrace_prompt_tokens", "Tokens of prompts", ["model"], registry=into)
+        self.completion_tokens = Counter("headrace_completion_tokens", "Tokens generated", ["model"], registry=into)
+        self.cached_tokens = Counter("headrace_cached_tokens", "Tokens of prompts found in the prefix cache", ["model"], registry=into)
+        self.first_token = Histogram(
+            "headrace_time_to_first_token_seconds",
+            "From receipt to the first token",
+            ["model"],
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=into,
+        )
+        self.per_token = Histogram(
+            "headrace_time_per_output_token_seconds",
+            "Mean time of a request's tokens after its first",
+            ["model"],
+            buckets=_TOKEN_BUCKETS,
+            registry=into,
+        )
+        self.queue = Histogram("headrace_queue_seconds", "Time in the engine's queue", ["model"], buckets=_QUEUE_BUCKETS, registry=into)
+        self._request = lru_cache(maxsize=1024)(self.requests.labels)
+        self._seconds = lru_cache(maxsize=256)(self.seconds.labels)
+        self._model = lru_cache(maxsize=256)(lambda model: _ModelMeters(self, model))
+
+    def opened(self) -> None:
+        self.in_flight.inc()
+
+    def closed(self, exchange: Exchange, status: int, model: str, now: float) -> None:
+        """Count a request that is over. `model` is a name of ours or empty, never what a client made up."""
+        self.in_flight.dec()
+        # Methods that no route has would let a client make up label values.
+        method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
+        self._request(exchange.route, method, str(status), model).inc()
+        self._seconds(exchange.route).observe(now - exchange.started_at)
+        for call in exchange.calls:
+            if call.served_model is None:
+                continue
+            meters = self._model(self._models.find(call.served_model).public_name)
+            outcome = call.outcome
+            if outcome.prompt_tokens:
+                meters.prompt.inc(outcome.prompt_tokens)
+            if outcome.cached_tokens:
+                meters.cached.inc(outcome.cached_tokens)
+            if outcome.completion_tokens:
+                meters.completion.inc(outcome.completion_tokens)
+            if outcome.report is not None:
+                meters.queue.observe(outcome.report.queue_ms / 1000)
+            if outcome.first_token_at is not None:
+                meters.first_token.observe(outcome.first_token_at - call.started_at)
+                later = outcome.completion_tokens / call.sampling.n - 1
+                if later > 0 and outcome.error is None:
+                    meters.per_token.observe((now - outcome.first_token_at) / later)
+
+    async def scrape(self, request: Request) -> Answer:
+        """Everything counted, in Prometheus' text form."""
+        from prometheus_client import CONTENT_TYPE_LATEST
+
+        for served in self._models:
+            if isinstance(served.engine, Refreshes):
+                await served.engine.refresh()
+        # Writing it out takes a few milliseconds of Python, which a thread interrupts where the event loop could not.
+        text = await asyncio.to_thread(self._write)
+        return Whole(text, content_type=CONTENT_TYPE_LATEST.encode())
+
+    def _write(self) -> bytes:
+        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        engines = CollectorRegistry()
+        engines.register(_Engines(self._models))
+        if not self._shared:
+            return bytes(generate_latest(self.registry)) + bytes(generate_latest(engines))
+        added_up = CollectorRegistry()
+        MultiProcessCollector(added_up)
+        return bytes(generate_latest(added_up)) + bytes(generate_latest(engines))
+
+
+class _Engines:
+    """Collects what the engines say of themselves."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        gauges: dict[str, tuple[str, Any]] = {
+            "headrace_sequences_running": ("Sequences in the batch", lambda s: s.running),
+            "headrace_sequences_waiting": ("Sequences queued", lambda s: s.waiting),
+            "headrace_kv_blocks_used": ("KV blocks in use", lambda s: s.blocks_used),
+            "headrace_kv_blocks_total": ("KV blocks there are", lambda s: s.blocks_total),
+        }
+        counters: dict[str, tuple[str, Any]] = {
+            "headrace_engine_steps": ("Steps of the engine's loop", lambda s: s.steps),
+            "headrace_engine_step_seconds": ("Time spent in steps", lambda s: s.step_seconds),
+            "headrace_engine_prompt_tokens": ("Prompt tokens that the engine took in", lambda s: s.prompt_tokens),
+            "headrace_engine_completion_tokens": ("Tokens that the engine generated", lambda s: s.completion_tokens),
+            "headrace_prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache", lambda s: s.cached_tokens),
+            "headrace_preemptions": ("Sequences set back because KV blocks ran out", lambda s: s.preemptions),
+        }
+        stats = [(served.public_name, served.engine.stats()) for served in self._models]
+        for name, (text, read) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=["model"])
+            for model, snapshot in stats:
+                gauge.add_metric([model], read(snapshot))
+            yield gauge
+        for name, (text, read) in counters.items():
+            counter = CounterMetricFamily(name, text, labels=["model"])
+            for model, snapshot in stats:
+                counter.add_metric([model], read(snapshot))
+            yield counter
+        ready = GaugeMetricFamily("headrace_ready", "1 when the model's engine is ready", labels=["model"])
+        restarts = CounterMetricFamily("headrace_engine_restarts", "Times the model's engine was started again", labels=["model"])
+        for served in self._models:
+            ready.add_metric([served.public_name], float(served.status.state == "ready"))
+            restarts.add_metric([served.public_name], served.status.restarts)
+        yield ready
+        yield restarts
+
+
+def model_of(models: ServedModels, exchange: Exchange) -> ServedModel | None:
+    """The model that answered, where there was one."""
+    for call in exchange.calls:
+        if call.served_model is not None:
+            return models.find(call.served_model)
+    return None

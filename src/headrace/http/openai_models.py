@@ -1,0 +1,31 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+
+from headrace.http.answers import Answer, json_answer
+from headrace.http.serving import Serving
+from headrace.served import ServedModel
+
+
+class Models:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def list(self, request: Request) -> Answer:
+        """The models served here, under every name they have."""
+        data = [_entry(served, name) for served in self._serving.models for name in served.names]
+        return json_answer({"object": "list", "data": data})
+
+    async def retrieve(self, request: Request) -> Answer:
+        """One model."""
+        name: str = request.path_params["model"]
+        return json_answer(_entry(self._serving.models.find(name), name))
+
+
+def _entry(served: ServedModel, name: str) -> dict[str, Any]:
+    context = served.card.context_length if served.card is not None else served.files.context_length
+    return {"id": name, "object": "model", "created": served.created, "owned_by": "headrace", "context_length": context or None}

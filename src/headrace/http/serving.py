@@ -1,0 +1,86 @@
+"""What every route is handed: the models, the journey, and the words to the supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from headrace.config import Config
+from headrace.errors import Overloaded
+from headrace.http.exchange import Exchange
+from headrace.served import ServedModel, ServedModels
+from headrace.types import Call, Event, Message, Sampling
+
+
+class Control(Protocol):
+    """What an API process knows of the server around it."""
+
+    @property
+    def draining(self) -> bool:
+        """True from the moment the server was told to stop."""
+        ...
+
+    @property
+    def started_at(self) -> float:
+        """`time.monotonic()` when the server was started; that clock is the same in all its processes."""
+        ...
+
+    async def ps(self) -> dict[str, Any]:
+        """The process list that `headrace ps` shows: `{"workers": [...], …}`."""
+        ...
+
+
+class Runs(Protocol):
+    """The journey, as the HTTP floor sees it."""
+
+    def run(self, call: Call) -> AsyncGenerator[list[Event]]:
+        """Event batches of one call; closing the generator hangs up. Raises `HeadraceError`s."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The parts that routes are made with."""
+
+    config: Config
+    models: ServedModels
+    journey: Runs
+    control: Control
+
+    def call(
+        self,
+        exchange: Exchange,
+        sampling: Sampling,
+        *,
+        model: str | None,
+        messages: tuple[Message, ...] | None = None,
+        text: str | None = None,
+        tokens: list[int] | None = None,
+        stream: bool = False,
+        key_required: bool = False,
+    ) -> Call:
+        """A new call of this exchange. Raises `Overloaded` while the server drains."""
+        if self.control.draining:
+            raise Overloaded("The server is shutting down.", retry_after=5)
+        part = len(exchange.calls)
+        made = Call(
+            id=exchange.id if part == 0 else f"{exchange.id}-{part}",
+            route=exchange.route,
+            model=model,
+            sampling=sampling,
+            messages=messages,
+            text=text,
+            tokens=tokens,
+            stream=stream,
+            token=exchange.token,
+            address=exchange.address,
+            key_required=key_required,
+            started_at=exchange.started_at,
+        )
+        exchange.calls.append(made)
+        return made
+
+    def served(self, call: Call) -> ServedModel:
+        """The model that answers a call: the one the journey chose, or else the one asked for."""
+        return self.models.find(call.served_model or call.model)

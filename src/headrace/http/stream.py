@@ -1,0 +1,126 @@
+"""Streaming answers: straight to `send`, one write for each batch of events, and over within a step of a hang-up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Protocol
+
+import structlog
+from starlette.types import Receive, Scope, Send
+
+from headrace.errors import HeadraceError
+from headrace.http.hangup import ClientGone, Watch
+from headrace.http.problems import unexpected
+from headrace.http.serving import Runs
+from headrace.http.sse import KEEP_ALIVE
+from headrace.types import Call, Event
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+Pieces = AsyncGenerator[bytes]
+
+
+class EncodesEvents(Protocol):
+    """A dialect's way of writing one call's events."""
+
+    def batch(self, events: list[Event]) -> bytes:
+        """Raises `HeadraceError` for an event that says the engine failed."""
+        ...
+
+
+async def encoded(journey: Runs, call: Call, encoder: EncodesEvents) -> Pieces:
+    """A call's events as bytes of the stream."""
+    async with aclosing(journey.run(call)) as batches:
+        async for batch in batches:
+            yield encoder.batch(batch)
+
+
+class Streamed:
+    """An event stream made of pieces.
+
+    The first piece is waited for before the headers are sent, so that a refusal keeps its HTTP status; only when it takes longer
+    than `keep_alive` seconds the headers go first. An error after that is an event, made by `problem`; `closing` makes the end.
+    """
+
+    __slots__ = ("_closing", "_keep_alive", "_last", "_pieces", "_ping", "_problem", "_send", "_started", "_writing")
+
+    _send: Send
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        *,
+        closing: Callable[[], bytes],
+        problem: Callable[[HeadraceError], bytes],
+        keep_alive: float,
+    ) -> None:
+        self._pieces = pieces
+        self._closing = closing
+        self._problem = problem
+        self._keep_alive = keep_alive
+        self._started = False
+        self._writing = False
+        self._ping: asyncio.Future[None] | None = None
+        self._last = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises the `HeadraceError` that refused the request, if nothing was sent yet, and `ClientGone`."""
+        self._send = send
+        try:
+            async with Watch(receive, self._idle, self._keep_alive), aclosing(self._pieces):
+                async for piece in self._pieces:
+                    await self._write(piece)
+                last = self._closing()
+        except ClientGone:
+            raise
+        except HeadraceError as error:
+            if not self._started:
+                raise
+            last = self._problem(error)
+        except Exception:
+            if not self._started:
+                raise
+            # The status is out, so the edge can't tell the client any more.
+            structlog.get_logger("headrace.http").exception("stream failed")
+            last = self._problem(unexpected())
+        await self._start()
+        await send({"type": "http.response.body", "body": last})
+
+    async def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+
+    async def _write(self, piece: bytes) -> None:
+        if self._ping is not None:
+            await self._ping
+        if not self._started:
+            await self._start()
+        if piece:
+            self._last = time.monotonic()
+            self._writing = True
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._writing = False
+
+    async def _idle(self) -> float:
+        """Send a comment if nothing was sent for too long. Runs beside the stream, so neither may be amid a write of the other."""
+        waited = time.monotonic() - self._last
+        if waited < self._keep_alive:
+            return self._keep_alive - waited
+        if not self._writing:
+            self._ping = asyncio.get_running_loop().create_future()
+            try:
+                await self._start()
+                await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            finally:
+                self._ping.set_result(None)
+                self._ping = None
+        self._last = time.monotonic()
+        return self._keep_alive
