@@ -19,6 +19,7 @@ class ProtocolServer:
     plan: str = "answer"
     words: list[str] = field(default_factory=lambda: ["Hello", " there", "\u2028friend"])
     usage: bool = True
+    tokenizes: bool = True
     together: int = 1
     """Answers begin only when so many requests are there."""
     running: int = 0
@@ -54,6 +55,8 @@ class ProtocolServer:
                 return
             worker = {"pid": 17, "model": "small", "state": "ready", "restarts": 0, "running": 1, "waiting": 2, "memory_mib": 420.5}
             await self.json(send, 200, {"workers": [worker], "version": "0.1.0"})
+        elif path == "/tokenize":
+            await self.json(send, 200 if self.tokenizes else 404, {"tokens": [1] * 7, "count": 7})
         elif path in ("/v1/chat/completions", "/chat/stream"):
             self.bodies.append(body)
             await self.wait_for_others()
@@ -100,7 +103,7 @@ class ProtocolServer:
                 raise ConnectionError("the plan is to drop the stream")
             await say(f"data: {word}\n\n" if native else chunk(choices=[{"index": 0, "delta": {"content": word}, "finish_reason": None}]))
         if native:
-            done_event = {"tokens_used": 2 * len(self.words), "processing_time": 0.1, "finish_reason": "stop"}
+            done_event = {"tokens_used": 7 + 2 * len(self.words), "processing_time": 0.1, "finish_reason": "stop"}
             await say(f"event: done\ndata: {json.dumps(done_event)}\n\n")
         else:
             await say(chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]))

@@ -112,7 +112,7 @@ def test_doctor(quick: QuickCli) -> None:
     said = json.loads(done.stdout)
     assert said["ok"] is True
     names = {check["name"] for check in said["checks"]}
-    assert {"Python", "Packages", "Cores", "Processor", "Memory", "Model", "Cache", "Access", "Port"} <= names
+    assert {"Python", "Packages", "Cores", "Processor", "Memory", "Model", "Cache", "Address"} <= names
     shown = quick("doctor", "--port", "0")
     assert "Headrace can serve here." in shown.stdout
     assert "it will be downloaded at the first start" in shown.stdout
@@ -128,8 +128,8 @@ def test_doctor_finds_what_makes_serving_impossible(quick: QuickCli) -> None:
         said = json.loads(done.stdout)
         assert said["ok"] is False
         failed = {check["name"]: check for check in said["checks"] if check["status"] == "failed"}
-        assert set(failed) == {"Model", "Port"}
-        assert "is taken" in failed["Port"]["detail"]
+        assert set(failed) == {"Model", "Address"}
+        assert "is in use" in failed["Address"]["detail"]
         assert all(check["advice"] for check in failed.values())
         assert quick("doctor", "echo", "--port", port).returncode == 1
     assert quick("doctor", "echo", "--port", "0", "--host", "0.0.0.0").returncode == 1

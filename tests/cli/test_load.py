@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from cli.protocol_server import ProtocolServer
-from headrace.cli.load import LoadFailed, LoadResult, Sample, make_prompts, percentile, run_load
+from headrace.cli.load import Api, LoadFailed, LoadResult, Sample, make_prompts, percentile, run_load
 from headrace.cli.sse import EventReader
 
 pytestmark = pytest.mark.anyio
@@ -67,14 +67,15 @@ async def test_connections_are_kept(protocol_server: ProtocolServer) -> None:
 async def test_native_stream(protocol_server: ProtocolServer) -> None:
     result = await run_load(protocol_server.url, users=2, requests=4, max_tokens=5, api="native")
     assert result.errors == {}
-    assert {sample.tokens for sample in result.samples} == {6}
+    assert {(sample.prompt_tokens, sample.tokens) for sample in result.samples} == {(7, 6)}
     assert {sample.finish for sample in result.samples} == {"stop"}
     assert all(body["max_length"] == 5 and set(body) == {"prompt", "max_length", "temperature"} for body in protocol_server.bodies)
 
 
-async def test_chunks_are_counted_where_there_is_no_usage(protocol_server: ProtocolServer) -> None:
-    protocol_server.usage = False
-    result = await run_load(protocol_server.url, users=1, requests=1)
+@pytest.mark.parametrize("api", ["openai", "native"])
+async def test_chunks_are_counted_where_the_server_counts_nothing(protocol_server: ProtocolServer, api: Api) -> None:
+    protocol_server.usage = protocol_server.tokenizes = False
+    result = await run_load(protocol_server.url, users=1, requests=1, api=api)
     assert result.samples[0].tokens == 3
 
 

@@ -28,9 +28,7 @@ def bench(
     """Stress test: concurrent users send streaming requests with prompts that differ, and the figures are printed."""
     if native and ignore_eos:
         raise typer.BadParameter("/chat/stream has no ignore_eos; leave --native or --ignore-eos out.")
-    import asyncio
-
-    from headrace.cli.load import LoadFailed, run_load
+    from headrace.cli.load import LoadFailed, run_load, run_quickly
     from headrace.cli.target import target
 
     server = target(url, key)
@@ -42,7 +40,7 @@ def bench(
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task(f"{users} users", total=requests)
         try:
-            result = asyncio.run(
+            result = run_quickly(
                 run_load(
                     server.root,
                     users=users,

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import ipaddress
 import os
 import platform
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from headrace.address import bind
 from headrace.cli import machine
 from headrace.cli.fit import Fit, measure
 from headrace.cli.models import readable
 from headrace.config import Config
-from headrace.errors import ModelError
+from headrace.errors import ConfigError, ModelError
 
 GIB = 2**30
 
@@ -50,8 +49,7 @@ def all_checks(config: Config) -> list[Check]:
         check_memory(machine.memory()),
         check_fit(config, fit, trouble, machine.memory()),
         check_disk(config.model.cache_dir, fit.to_write if fit else 0),
-        check_access(config),
-        check_port(config.server.host, config.server.port),
+        check_address(config),
         check_open_files(),
     ]
 
@@ -205,48 +203,22 @@ def check_disk(folder: Path, needed: int) -> Check:
     return Check("Cache", "ok", detail, facts=facts)
 
 
-def check_access(config: Config) -> Check:
-    """The start is refused where anybody on the network could use the server."""
-    keys = len(config.access.api_keys)
-    if keys:
-        return Check("Access", "ok", f"{keys} key{'s' if keys > 1 else ''}")
+def check_address(config: Config) -> Check:
+    """What the start itself does about it: who could reach the address, and whether it is free."""
+    server, access = config.server, config.access
+    facts: dict[str, object] = {"host": server.host, "port": server.port, "keys": len(access.api_keys)}
     try:
-        loopback = ipaddress.ip_address(config.server.host).is_loopback
-    except ValueError:
-        loopback = config.server.host == "localhost"
-    if loopback:
-        return Check("Access", "ok", "no keys, and reachable from this machine only")
-    if config.access.insecure_no_auth:
-        return Check("Access", "warning", f"{config.server.host} is open to everybody who can reach it", "Set HEADRACE_API_KEYS.")
-    detail = f"{config.server.host} is reachable from other machines, and no keys are set"
-    return Check("Access", "failed", detail, "Set HEADRACE_API_KEYS (or --insecure-no-auth, if another gate stands before it).")
-
-
-def check_port(host: str, port: int) -> Check:
-    facts: dict[str, object] = {"host": host, "port": port}
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        return Check("Port", "failed", f"{host} is no address ({error.strerror})", "Set --host to an address of this machine.", facts)
-    family, kind, protocol, _, address = found[0]
-    try:
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(1)
-    except PermissionError:
-        return Check(
-            "Port", "failed", f"{port} on {host} may not be used", "Ports below 1024 need rights; take another with --port.", facts
-        )
-    except OSError as error:
-        reason = "is taken" if error.errno == errno.EADDRINUSE else f"can't be bound ({error.strerror})"
-        advice = (
-            "Stop the program that has it, or take another port: --port 8001."
-            if error.errno == errno.EADDRINUSE
-            else "Set --host to an address of this machine."
-        )
-        return Check("Port", "failed", f"{port} on {host} {reason}", advice, facts)
-    return Check("Port", "ok", f"{port} on {host} is free" if port else f"any free one on {host}", facts=facts)
+        with bind(server, access) as bound:
+            loopback = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+    except ConfigError as error:
+        detail, _, advice = error.message.partition(". ")
+        return Check("Address", "failed", detail, advice, facts)
+    where = f"port {server.port} on {server.host} is free" if server.port else f"any free port on {server.host}"
+    keys = len(access.api_keys)
+    if keys or loopback:
+        who = f"{keys} key{'s' if keys > 1 else ''}" if keys else "no keys, reachable from this machine only"
+        return Check("Address", "ok", f"{where}; {who}", facts=facts)
+    return Check("Address", "warning", f"{where}, and open to everybody who can reach it", "Set HEADRACE_API_KEYS.", facts)
 
 
 def check_open_files() -> Check:
