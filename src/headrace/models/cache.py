@@ -108,6 +108,9 @@ class Cache:
         shutil.rmtree(work, ignore_errors=True)
         return self._make(work)
 
+    def clear_partial(self, name: str) -> None:
+        shutil.rmtree(self.partial(name), ignore_errors=True)
+
     def need_space(self, size: int, what: str) -> None:
         """Raises `ModelError` unless `size` bytes, and a little more, fit on the cache folder's disk."""
         free = shutil.disk_usage(self._make(self.root)).free
@@ -146,6 +149,13 @@ class Cache:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
 
 
 def _sync(folder: Path) -> None:

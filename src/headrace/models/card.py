@@ -47,7 +47,7 @@ def read_card(folder: Path) -> ModelCard:
             return msgspec.json.decode(_read(path), type=ModelCard)
         except msgspec.MsgspecError as error:
             raise ModelError(f"{path} is damaged ({error}). Delete the folder and pull the model again.") from None
-    return _from_publisher(folder)
+    return publisher_card(folder)
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -73,7 +73,8 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _from_publisher(folder: Path) -> ModelCard:
+def publisher_card(folder: Path) -> ModelCard:
+    """The facts as Hugging Face's own files tell them. Raises `ModelError` where one is damaged."""
     config = read_object(folder / "config.json")
     generation = read_object(folder / "generation_config.json")
     words = read_object(folder / "tokenizer_config.json")

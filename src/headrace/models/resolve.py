@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from headrace.config import ModelSection
 from headrace.errors import ModelError
-from headrace.models import catalog, openvino_folder, pypi
+from headrace.models import catalog, openvino_folder, pypi, transformers_folder
 from headrace.models.address import Address, Echo, Local, Remote, Repository, parse
-from headrace.models.cache import Cache, safe_name, sha256
-from headrace.models.card import FORMAT, ModelCard, read_card
+from headrace.models.cache import Cache, link_or_copy, safe_name, sha256
+from headrace.models.card import CARD, FORMAT, ModelCard, publisher_card, read_card, write_card
+from headrace.models.fetch_repository import fetch_repository
 from headrace.models.gguf_convert import check_gguf, convert_gguf
 from headrace.models.progress import Progress
 from headrace.types import ModelFiles
@@ -93,7 +95,7 @@ class _Puller:
             case Local():
                 return self._local(address.path)
             case Repository():
-                return self._repository(address, str(address).partition(":")[2], ())
+                return self._repository(address, address.id + (f":{address.select}" if address.select else ""), ())
             case catalog.CatalogEntry():
                 return self._entry(address)
 
@@ -104,11 +106,7 @@ class _Puller:
             assert isinstance(repository, Repository), source
             return self._repository(repository, entry.name, entry.notes)
         folder_name = safe_name(entry.name, entry.source)
-        ready = self._ready(folder_name)
-        if ready is None:
-            with self._cache.lock(folder_name):
-                ready = self._ready(folder_name) or self._pull_member(entry, folder_name)
-        return _served(ready, entry.name, entry.notes)
+        return _served(self._once(folder_name, lambda: self._pull_member(entry, folder_name)), entry.name, entry.notes)
 
     def _pull_member(self, entry: catalog.CatalogEntry, folder_name: str) -> Path:
         file = self._cache.files(folder_name) / Path(entry.source).name
@@ -158,25 +156,98 @@ class _Puller:
         if openvino_folder.is_one(path):
             openvino_folder.check(path)
             weights = self._cache.hash_of(path / "openvino_model.bin")
-            return _served(path.absolute(), path.resolve().name, (), fingerprint=_print(weights))
-        raise ModelError(f"{path} holds no model that can be served.")
+            graph = self._cache.hash_of(path / "openvino_model.xml")
+            return _served(path.absolute(), path.resolve().name, (), fingerprint=_print(weights, graph))
+        if transformers_folder.is_transformers(path):
+            return self._local_transformers(path)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return self._local_gguf(ggufs[0])
+        if ggufs:
+            raise ModelError(f"{path} holds several GGUF files; name one: {', '.join(file.name for file in ggufs[:10])}.")
+        raise ModelError(
+            f"{path} holds no model: neither openvino_model.xml and .bin, nor a .gguf file, nor config.json with *.safetensors."
+        )
 
     def _local_gguf(self, path: Path) -> ModelFiles:
         check_gguf(path)
         digest = self._cache.hash_of(path)
         name = path.name.removesuffix(".gguf")
         folder_name = safe_name(name, f"gguf:{digest}")
+
+        def make() -> Path:
+            card = ModelCard(name=name, source=str(path.absolute()), hashes={path.name: digest}, fingerprint=_print(digest))
+            return self._convert_gguf(path, folder_name, card)
+
+        return _served(self._once(folder_name, make), name, ())
+
+    def _local_transformers(self, path: Path) -> ModelFiles:
+        transformers_folder.check_transformers(path, trust_remote_code=self._section.trust_remote_code)
+        name = path.resolve().name
+        key = transformers_folder.content_key(path, self._cache, self._section.weights)
+        folder_name = safe_name(name, f"transformers:{key}")
+
+        def make() -> Path:
+            card = ModelCard(name=name, source=str(path.absolute()), fingerprint=_print(key))
+            return self._convert_transformers(path, folder_name, card)
+
+        return _served(self._once(folder_name, make), name, ())
+
+    def _convert_transformers(self, source: Path, folder_name: str, card: ModelCard) -> Path:
+        size = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+        self._cache.need_space(2 * size, f"Converting {card.name}")
+        destination = self._cache.model(folder_name)
+        with self._cache.landing(destination) as work:
+            transformers_folder.convert_transformers(
+                source,
+                work,
+                card,
+                self._cache,
+                self._progress,
+                weights=self._section.weights,
+                trust_remote_code=self._section.trust_remote_code,
+                offline=self._section.offline,
+            )
+        return destination
+
+    def _repository(self, repository: Repository, name: str, notes: tuple[str, ...]) -> ModelFiles:
+        # Precision and trust change what is made of a Transformers repository; of the others they are harmless.
+        key = f"{repository}|{self._section.weights}|{self._section.trust_remote_code}"
+        folder_name = safe_name(name, key)
+        return _served(self._once(folder_name, lambda: self._pull_repository(repository, name, folder_name)), name, notes)
+
+    def _pull_repository(self, repository: Repository, name: str, folder_name: str) -> Path:
+        files = self._cache.files(folder_name)
+        if not (files / CARD).is_file():
+            self._online(name)
+            fetch_repository(repository, name, files, self._cache, self._progress, trust_remote_code=self._section.trust_remote_code)
+        card = read_card(files)
+        card = msgspec.structs.replace(card, format=FORMAT, fingerprint=_print(*sorted(card.hashes.values())))
+        ggufs = sorted(files.glob("*.gguf"))
+        if ggufs:
+            return self._convert_gguf(ggufs[0], folder_name, card)
+        if not openvino_folder.is_one(files):
+            card = msgspec.structs.replace(card, fingerprint=_print(card.fingerprint, self._section.weights))
+            return self._convert_transformers(files, folder_name, card)
+        openvino_folder.check(files)
+        destination = self._cache.model(folder_name)
+        with self._cache.landing(destination) as work:
+            for path in files.iterdir():
+                # The same files under a second name: no copy of gigabytes.
+                if path.name != CARD:
+                    link_or_copy(path, work / path.name)
+            facts = publisher_card(work)
+            kept = {field: getattr(card, field) for field in ("name", "source", "revision", "hashes", "fingerprint")}
+            write_card(work, msgspec.structs.replace(facts, **kept))
+        return destination
+
+    def _once(self, folder_name: str, make: Callable[[], Path]) -> Path:
+        """The landed folder; made by one process, while others wait for it."""
         ready = self._ready(folder_name)
         if ready is None:
             with self._cache.lock(folder_name):
-                ready = self._ready(folder_name)
-                if ready is None:
-                    card = ModelCard(name=name, source=str(path.absolute()), hashes={path.name: digest}, fingerprint=_print(digest))
-                    ready = self._convert_gguf(path, folder_name, card)
-        return _served(ready, name, ())
-
-    def _repository(self, repository: Repository, name: str, notes: tuple[str, ...]) -> ModelFiles:
-        raise ModelError(f"{repository}: hubs are not there yet")
+                ready = self._ready(folder_name) or make()
+        return ready
 
     def _remote(self, address: Remote) -> ModelFiles:
         name = self._section.name or self._section.remote_model or "remote"
