@@ -70,7 +70,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
     """The folders of this process's control group and of those around it, version 2 or 1."""
     folders: list[Path] = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, names, path = line.split(":", 2)
+        number, names, path = [*line.split(":", 2), "", ""][:3]
         if number == "0":
             base = root / "sys/fs/cgroup"
         elif controller in names.split(","):

@@ -27,6 +27,7 @@ def ps(
         typer.echo(json.dumps(said, ensure_ascii=False))
     else:
         _print_table(said["workers"])
+        _print_others(said)
 
 
 def _ask(server: Target) -> dict[str, Any]:
@@ -63,12 +64,28 @@ def _print_table(workers: list[dict[str, Any]]) -> None:
         table.add_column(title, justify="left" if title in ("MODEL", "STATE") else "right")
     for worker in workers:
         state = str(worker.get("state", "?"))
-        memory = worker.get("memory_mib")
         table.add_row(
             str(worker.get("pid", "?")),
             Text(str(worker.get("model", "?"))),
             Text(state, style=colours.get(state, "")),
             *(str(worker.get(name, "?")) for name in ("restarts", "running", "waiting")),
-            f"{memory:,.0f} MiB" if isinstance(memory, int | float) else "?",
+            _mebibytes(worker),
         )
     Console().print(table)
+
+
+def _print_others(said: dict[str, Any]) -> None:
+    """The processes beside the engines, in a line."""
+    parts = []
+    api, supervisor = said.get("api"), said.get("supervisor")
+    if isinstance(api, list):
+        parts += [f"API process {process.get('pid')} ({_mebibytes(process)})" for process in api]
+    if isinstance(supervisor, dict):
+        parts.append(f"supervisor {supervisor.get('pid')} ({_mebibytes(supervisor)})")
+    if parts:
+        typer.echo(", ".join(parts))
+
+
+def _mebibytes(process: dict[str, Any]) -> str:
+    memory = process.get("memory_mib")
+    return f"{memory:,.0f} MiB" if isinstance(memory, int | float) else "?"

@@ -1,8 +1,8 @@
 """Where the configuration comes from: flags over environment over `.env` over TOML over defaults.
 
 This is the only place that reads the environment. Every value is remembered with its origin, for `headrace config`
-and for error messages. pydantic checks the values; finding them is done here, because neither origins nor «did you
-mean» can be had from pydantic-settings.
+and for error messages. pydantic checks the values; finding them is done here, because pydantic-settings knows neither where a
+value came from nor which name was meant.
 """
 
 from __future__ import annotations
