@@ -1,67 +1,70 @@
-"""Runs benchmarks one after another and keeps their results: `python -m bench [NAME …]`.
+"""`python -m bench [NAME [OPTIONS]]`: lists the benchmarks, and runs one with its options, or all of them with their defaults.
 
-A benchmark is a module of this folder with a docstring and `main() -> str`, which returns its table in Markdown and prints how far
-it is on standard error. Each runs in a process of its own, so that none leaves threads or memory to the next.
+A benchmark is a module of this folder whose `run` takes keyword arguments, which become its options, and returns `Findings`. With
+`--record` the result is appended to RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import subprocess
+import importlib
+import os
 import sys
 import time
-from pathlib import Path
+from types import ModuleType
 
+from bench.figures import Findings, as_markdown
+from bench.options import parser_for
 from bench.results import append
+from bench.servers import ServerFailed
 
-FOLDER = Path(__file__).parent
-_RUN = "import sys; from importlib import import_module; sys.stdout.write(import_module(sys.argv[1]).main())"
-
-
-def benchmarks() -> dict[str, str]:
-    """Every module here that defines `main`, with its docstring's first line, by name; read, not imported."""
-    found: dict[str, str] = {}
-    for path in sorted(FOLDER.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if path.stem.startswith("_") or "main" not in defined:
-            continue
-        found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+NAMES = ("engine_vs_genai", "http_vs_engine", "vs_llama_server", "api_cpu", "start_to_ready", "fairness", "prefix")
 
 
-def main() -> int:
-    known = benchmarks()
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Run benchmarks one after another.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which; all without any")
+def main(arguments: list[str]) -> int:
+    """0: all figures met; 1: some were not; 2: something could not be measured."""
+    usage = "%(prog)s [--list] [--record] | %(prog)s NAME [OPTIONS] [--record] | %(prog)s NAME --help"
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Run benchmarks one after another.", usage=usage)
+    parser.add_argument("name", nargs="?", choices=NAMES, help="which, with its own options; all without one")
     parser.add_argument("--list", action="store_true", help="list them and leave")
-    parser.add_argument("--dry", action="store_true", help="print the results, and leave RESULTS.md as it is")
-    asked = parser.parse_args()
-    if unknown := [name for name in asked.names if name not in known]:
-        parser.error(f"there is no benchmark {', '.join(unknown)}; there is {', '.join(known) or 'none yet'}")
+    parser.add_argument("--record", action="store_true", help="append the results to bench/RESULTS.md")
+    if arguments and not arguments[0].startswith("-"):
+        return _run(parser.parse_args(arguments[:1]).name, arguments[1:])
+    asked = parser.parse_args(arguments)
+    print("\n".join(f"{name:<18}{_summary(_module(name))}" for name in NAMES), flush=True)
     if asked.list:
-        for name, purpose in known.items():
-            print(f"{name:<20} {purpose}")
         return 0
-    failed = [name for name in asked.names or known if not run(name, keep=not asked.dry)]
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return max(_run(name, ["--record"] if asked.record else []) for name in NAMES)
 
 
-def run(name: str, *, keep: bool) -> bool:
-    """Run one benchmark; False if it failed."""
-    print(f"== {name}", file=sys.stderr, flush=True)
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"bench.{name}")
+
+
+def _summary(module: ModuleType) -> str:
+    return (module.__doc__ or "").partition("\n")[0]
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    module = _module(name)
+    parser = parser_for(module.run, prog=f"python -m bench {name}", description=module.__doc__ or "")
+    options = vars(parser.parse_args(arguments))
+    record = options.pop("record")
+    load = f"Load average before the run: {os.getloadavg()[0]:.2f}."
+    print(f"\n{name}: {_summary(module)}", flush=True)
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", _RUN, f"bench.{name}"], stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent, check=False)
-    if done.returncode != 0:
-        return False
-    print(done.stdout)
-    if keep:
-        append(name, f"python -m bench {name}", done.stdout, seconds=time.monotonic() - begun)
-    return True
+    try:
+        findings: Findings = module.run(**options)
+    except ServerFailed as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    table = as_markdown(findings)
+    print(table, flush=True)
+    if record:
+        given = [word for word in arguments if word != "--record"]
+        append(name, " ".join(["python -m bench", name, *given]), f"{table}\n\n{load}", seconds=time.monotonic() - begun)
+    return 0 if findings.met else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
