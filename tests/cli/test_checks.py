@@ -56,8 +56,10 @@ def test_needs_of_what_is_not_here(tmp_path: Path) -> None:
 def test_fit_against_free_memory() -> None:
     fit = Fit("m", weights=2 * GIB, kv_per_token=2**20, context=2048, here=True)
     assert check_fit(Config(), fit, "", memory(8)).status == "ok"
-    tight = check_fit(Config(), fit, "", memory(3))
-    assert (tight.status, "--context" in tight.advice) == ("warning", True)
+    tight = check_fit(Config(), fit, "", memory(4))
+    assert (tight.status, "--context" in tight.advice) == ("failed", True)
+    assert check_fit(Config(engine=EngineSection(kv_cache_gib=2)), fit, "", memory(5)).status == "ok"
+    assert check_fit(Config(engine=EngineSection(kv_cache_gib=1.9)), fit, "", memory(5)).status == "failed"
     assert check_fit(Config(), fit, "", memory(2)).status == "failed"
     assert check_fit(Config(), fit, "", None).status == "ok"
     greedy = Config(engine=EngineSection(kv_cache_gib=7))

@@ -18,6 +18,7 @@ from headrace.cli import machine
 from headrace.cli.fit import Fit, measure
 from headrace.cli.models import readable
 from headrace.config import Config
+from headrace.engine.kv_budget import SHARE
 from headrace.errors import ConfigError, ModelError
 
 GIB = 2**30
@@ -170,15 +171,18 @@ def check_fit(config: Config, fit: Fit | None, trouble: str, memory: machine.Mem
         return Check(
             "Model", "failed", f"{fit.name} is not in the cache, and `offline` is set", f"While online: headrace pull {fit.name}", facts
         )
+    free = f"{readable(memory.available)} are free"
     if fit.least > memory.available:
-        free = f"{readable(memory.available)} are free"
         return Check("Model", "failed", f"{detail}, but {free}", "Take a smaller model (`headrace models`) or free memory.", facts)
-    if fit.needed > memory.available:
-        free = f"{readable(memory.available)} are free"
-        return Check("Model", "warning", f"{detail}, but {free}", "Long conversations won't fit; lower --context, or free memory.", facts)
     wanted = config.engine.kv_cache_gib
     if wanted is not None and fit.least + wanted * GIB > memory.available:
-        return Check("Model", "failed", f"{detail}; with kv_cache_gib = {wanted:g} it is more than is free", "Lower --kv-cache-gib.", facts)
+        detail = f"{detail}; with kv_cache_gib = {wanted:g} it is more, but {free}"
+        return Check("Model", "failed", detail, "Lower --kv-cache-gib.", facts)
+    # The engine refuses to start where one full context doesn't fit into its budget.
+    budget = wanted * GIB if wanted is not None else SHARE * (memory.available - fit.least)
+    if fit.kv_per_token * fit.context > budget:
+        detail = f"{detail}, but keys and values may take {readable(budget)}"
+        return Check("Model", "failed", detail, "Lower --context, set --kv-cache-gib, or free memory.", facts)
     return Check("Model", "ok", detail, facts=facts)
 
 
