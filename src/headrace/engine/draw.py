@@ -1,0 +1,63 @@
+"""Which tokens a step draws, from which row of the model's output."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from headrace.engine.sampler import SequenceSampler
+from headrace.engine.scheduler import Chunk
+from headrace.engine.sequence import Sequence
+
+
+class Draw:
+    """The rows of a batch, decodes first and then chunks, and what each is for."""
+
+    def __init__(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
+        self.sequences = decodes
+        """Those that get a token, each from its entry in `rows`, or in order where that is None."""
+        self.rows: list[int] | None = None
+        self.first: list[Sequence] = []
+        """Those whose tokens are all computed with this step."""
+        self.scored: list[tuple[Chunk, int]] = []
+        """Chunks with positions to score, and the row of the first."""
+        self.forks: list[tuple[Sequence, list[Sequence]]] = []
+        self.leaders: list[Sequence] = []
+        """First choices whose siblings begin with this step, from the same row."""
+        self._row_of: dict[int, int] = {}
+        if not chunks:
+            return
+        self.sequences = list(decodes)
+        self.rows = list(range(len(decodes)))
+        row = len(decodes)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.scored:
+                self.scored.append((chunk, row))
+            row += chunk.rows
+            if chunk.last:
+                self.first.append(sequence)
+                if sequence.completion is not None:
+                    self.sequences.append(sequence)
+                    self.rows.append(row - 1)
+                    if not sequence.job.forked:
+                        self.leaders.append(sequence)
+                        self._row_of[id(sequence)] = row - 1
+
+    def add(self, leader: Sequence, siblings: list[Sequence]) -> None:
+        """Draw the siblings' first tokens from their leader's row."""
+        self.forks.append((leader, siblings))
+        self.sequences += siblings
+        if self.rows is not None:
+            self.rows += [self._row_of[id(leader)]] * len(siblings)
+
+    @cached_property
+    def samplers(self) -> list[SequenceSampler]:
+        """One for each of `sequences`. To be read once all siblings are there."""
+        return [sequence.completion.sampler for sequence in self.sequences if sequence.completion is not None]
+
+    @property
+    def full(self) -> bool:
+        """Whether some row is known to need all its logits."""
+        if self.scored:
+            return True
+        return any(sampler.needs_full for sampler in self.samplers)

@@ -1,0 +1,55 @@
+"""How long a step will take, and so how many prompt tokens fit in it.
+
+A step costs a fixed part (reading the weights) and a part for each token (products). Both are estimated from the
+steps as they happen, by least squares with forgetting, so that the scheduler keeps steps short on any machine with
+any model. Short steps are what lets a newcomer's first token come soon: it waits for the step under way.
+"""
+
+from __future__ import annotations
+
+import math
+
+RELAXED_STEP = 0.15
+"""Seconds that prefill may make a step last while one tenant has the engine to itself: long chunks waste least."""
+BRISK_STEP = 0.05
+"""The same while several tenants share the engine, or did so within `MEMORY` seconds."""
+MEMORY = 60.0
+LEAST_PREFILL = 32
+"""Prompt tokens that a step always has room for, however long its decodes take: prefill is never starved."""
+_KEEP = 0.98
+
+
+class Pace:
+    """Seconds of a step as `fixed + per_token x tokens`."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self.per_token = 0.0
+        self.fixed = 0.0
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Learn from a step that has been."""
+        if self._weight > 5:
+            # A machine that stalled for a moment says nothing about the next step.
+            seconds = min(seconds, 3 * self.seconds(tokens) + 0.005)
+        self._weight = self._weight * _KEEP + 1
+        self._x = self._x * _KEEP + tokens
+        self._y = self._y * _KEEP + seconds
+        self._xx = self._xx * _KEEP + tokens * tokens
+        self._xy = self._xy * _KEEP + tokens * seconds
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - mean_x * mean_x
+        if variance > max(4.0, 0.01 * mean_x * mean_x):
+            # Steps of one size only, such as decodes, say nothing about the price of a token; then it stays as it was.
+            self.per_token = max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance)
+        self.fixed = max(0.0, mean_y - self.per_token * mean_x)
+
+    def seconds(self, tokens: int) -> float:
+        """What a step of so many tokens is expected to take."""
+        return self.fixed + self.per_token * tokens
+
+    def room(self, seconds: float, beside: int) -> int:
+        """Prompt tokens that fit in a step of so many seconds beside `beside` decodes; a large number where unknown."""
+        if self.per_token <= 0:
+            return 1 << 30
+        return max(0, math.floor((seconds - self.fixed) / self.per_token) - beside)
