@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.middleware.gzip import GZipMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +15,7 @@ from headrace import __version__
 from headrace.config import Config
 from headrace.http.admin import Admin
 from headrace.http.client_address import TrustedProxies
+from headrace.http.compress import Compress
 from headrace.http.docs import JSON_OBJECT, JSON_OR_STREAM, OPENAI_ERROR, STREAM, document, takes
 from headrace.http.edge import Edge
 from headrace.http.exchange import exchange_of
@@ -27,7 +27,7 @@ from headrace.http.openai_chat import ChatCompletions
 from headrace.http.openai_completions import Completions
 from headrace.http.openai_models import Models
 from headrace.http.problems import routing_answer
-from headrace.http.route import Endpoint, Route
+from headrace.http.route import Endpoint, ExactRoutes, Route
 from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
 from headrace.served import ServedModels
@@ -64,7 +64,8 @@ def create_api(config: Config, models: ServedModels, journey: Runs, *, control: 
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
-    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=5)
+    app.add_middleware(ExactRoutes, routes=[route for route in app.routes if isinstance(route, Route)])
+    app.add_middleware(Compress)
     if config.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,

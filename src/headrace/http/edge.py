@@ -33,6 +33,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         exchange = open_exchange(scope, self._proxies)
+        exchange.send = send
         scope["headrace"] = exchange
         ours = [(b"x-request-id", exchange.id.encode()), (b"x-content-type-options", b"nosniff")]
         if exchange.client_id is not None:

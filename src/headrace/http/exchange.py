@@ -11,7 +11,7 @@ from headrace.http.client_address import TrustedProxies
 from headrace.types import Call
 
 if TYPE_CHECKING:
-    from starlette.types import Scope
+    from starlette.types import Scope, Send
 
 NO_ROUTE = "(none)"
 CLIENT_ID_LENGTH = 128
@@ -41,6 +41,8 @@ class Exchange:
     """What was answered; 0 until then."""
     gone: bool = False
     """The client hung up first."""
+    send: Send | None = None
+    """The server's own `send`. Once an answer has begun the pieces of its body need no layer of ours."""
     calls: list[Call] = field(default_factory=list)
     started_at: float = field(default_factory=time.monotonic)
 

@@ -31,7 +31,7 @@ _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
 class Refreshes(Protocol):
     """An engine client whose statistics are elsewhere."""
 
-    async def refresh(self) -> None:
+    async def refresh(self) -> object:
         """Fetch what `stats()` then says."""
         ...
 

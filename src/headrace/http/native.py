@@ -20,7 +20,7 @@ from headrace.http.native_wire import ChatQuestion, validated
 from headrace.http.problems import Fault, InvalidBody, native_error, status_of, unexpected
 from headrace.http.serving import Serving
 from headrace.http.sse import TextEvents, comment, named_event
-from headrace.http.stream import Streamed, encoded
+from headrace.http.stream import Streamed
 from headrace.types import Call, Delta, Event
 
 
@@ -49,7 +49,8 @@ class NativeChat:
         question = validated(ChatQuestion, decode_json(await read_body(exchange, request.receive, self._body_limit)))
         call = self._call(exchange, question, stream=True)
         return Streamed(
-            encoded(self._serving.journey, call, TextPieces()),
+            self._serving.journey.run(call),
+            TextPieces().batch,
             closing=lambda: _done(call),
             problem=lambda error: named_event(b"error", msgspec.json.encode(native_error(error))),
             keep_alive=self._serving.config.server.keepalive_interval,

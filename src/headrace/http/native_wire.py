@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from headrace.http.problems import Fault, InvalidBody, Location
 from headrace.types import Message, Sampling
@@ -24,7 +24,7 @@ def _no_nul(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
-StopText = Annotated[Text, Field(min_length=1, max_length=4096)]
+StopText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 
 
 class _Wire(BaseModel):
@@ -45,8 +45,8 @@ def _history_shape(value: Any) -> str:
 
 
 History = Annotated[
-    Annotated[list[Pair], FailFast(), Field(max_length=MOST_TURNS), Tag("pairs")]
-    | Annotated[list[Turn], FailFast(), Field(max_length=MOST_TURNS), Tag("messages")],
+    Annotated[list[Pair], Field(fail_fast=True, max_length=MOST_TURNS), Tag("pairs")]
+    | Annotated[list[Turn], Field(fail_fast=True, max_length=MOST_TURNS), Tag("messages")],
     Discriminator(_history_shape),
 ]
 
@@ -63,7 +63,7 @@ class ChatQuestion(_Wire):
             ]
         }
     )
-    prompt: Annotated[Text, Field(min_length=1, description="What to answer", examples=["Hello, who are you?"])]
+    prompt: Annotated[str, Field(min_length=1, description="What to answer", examples=["Hello, who are you?"]), AfterValidator(_no_nul)]
     max_length: int = Field(512, ge=1, le=MOST_TOKENS, description="Most tokens to generate; cut to what the context leaves")
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token")
     history: History | None = Field(
@@ -72,7 +72,7 @@ class ChatQuestion(_Wire):
     model: str | None = Field(None, description="Default: the server's first model")
     top_p: float | None = Field(None, gt=0, le=1, description="Draw from the likeliest tokens that make up this much probability")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same request with the same seed gives the same text")
-    stop: StopText | Annotated[list[StopText], FailFast(), Field(max_length=4)] | None = Field(
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="Texts that end the answer"
     )
     system: Text | None = Field(None, description="Becomes the first message, with the role system")
@@ -145,7 +145,7 @@ class TokenizeQuestion(_Wire):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Hello"}, {"messages": [{"role": "user", "content": "Hello"}]}]})
     text: Text | None = Field(None, description="Plain text: control tokens typed into it stay text")
-    messages: Annotated[list[Turn], FailFast(), Field(min_length=1, max_length=MOST_TURNS)] | None = None
+    messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1, max_length=MOST_TURNS)] | None = None
     model: str | None = None
 
 
@@ -155,7 +155,7 @@ class TokenizeReply(BaseModel):
 
 
 class DetokenizeQuestion(_Wire):
-    tokens: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], FailFast()] = Field(examples=[[19556]])
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)] = Field(examples=[[19556]])
     model: str | None = None
 
 

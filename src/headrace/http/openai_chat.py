@@ -20,7 +20,7 @@ from headrace.http.openai_nothing import CHAT, MESSAGE, refuse_what_we_cannot
 from headrace.http.openai_wire import MOST_TOKENS, ChatCompletionRequest, ChatMessage, ContentPart, parse, refuse_nul, sampling_of
 from headrace.http.serving import Serving
 from headrace.http.sse import json_text
-from headrace.http.stream import Streamed, encoded
+from headrace.http.stream import Streamed
 from headrace.served import ServedModel
 from headrace.types import Call, Delta, Event, Message, Sampling
 
@@ -46,7 +46,8 @@ class ChatCompletions:
             include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             head = Head(self._serving, calls, "chatcmpl-", "chat.completion.chunk")
             return Streamed(
-                encoded(self._serving.journey, call, ChatChunks(head, call, usage=include_usage)),
+                self._serving.journey.run(call),
+                ChatChunks(head, call, usage=include_usage).batch,
                 closing=lambda: closing(head, calls, include_usage=include_usage),
                 problem=error_event,
                 keep_alive=self._serving.config.server.keepalive_interval,

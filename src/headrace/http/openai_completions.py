@@ -21,7 +21,7 @@ from headrace.http.openai_nothing import COMPLETION, refuse_what_we_cannot
 from headrace.http.openai_wire import CompletionRequest, parse, refuse_nul, sampling_of, vocabulary
 from headrace.http.serving import Serving
 from headrace.http.sse import json_text
-from headrace.http.stream import Streamed, encoded
+from headrace.http.stream import Streamed, as_they_are, encoded
 from headrace.served import ServedModel
 from headrace.types import Call, Delta, Event, FinishReason, PromptScores, Sampling, TokenLogprob
 
@@ -49,12 +49,10 @@ class Completions:
         if asked.stream:
             include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             head = Head(self._serving, calls, "cmpl-", "text_completion")
-            sources = [
-                encoded(journey, call, CompletionChunks(head, writer, usage=include_usage))
-                for call, writer in zip(calls, writers, strict=True)
-            ]
+            chunks = [CompletionChunks(head, writer, usage=include_usage) for writer in writers]
             return Streamed(
-                sources[0] if len(sources) == 1 else merge(sources),
+                merge([encoded(journey, call, each) for call, each in zip(calls, chunks, strict=True)]),
+                as_they_are,
                 closing=lambda: closing(head, calls, include_usage=include_usage),
                 problem=error_event,
                 keep_alive=self._serving.config.server.keepalive_interval,

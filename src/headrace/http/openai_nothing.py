@@ -87,5 +87,5 @@ def refuse_what_we_cannot(struct: msgspec.Struct, fields: Mapping[str, Nothing],
             raise InvalidParameter(f"`{field}` is too long.", param=field)
         value = msgspec.json.decode(raw)
         if value is not None and not asks_nothing(value):
-            shown = bytes(raw[:100]).decode("utf-8", "replace")
+            shown = bytes(raw)[:100].decode("utf-8", "replace")
             raise Unsupported(f"`{field}`: this server can't honour {shown}{'…' if len(raw) > 100 else ''} here.", param=field)

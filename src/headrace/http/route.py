@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import structlog
 from fastapi.routing import APIRoute
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.errors import HeadraceError
 from headrace.http.answers import Answer
@@ -48,3 +48,18 @@ class Route(APIRoute):
                 raise
             problem = unexpected()
         await problem_answer(problem, openai=exchange.openai)(scope, receive, send)
+
+
+class ExactRoutes:
+    """Finds a route without parameters by its path in one look-up; all else goes on to the router, which tries one after the other."""
+
+    def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
+        self._app = app
+        self._routes = {route.path: route for route in routes if not route.param_convertors}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and not scope.get("root_path") else None
+        if route is None:
+            await self._app(scope, receive, send)
+        else:
+            await route.handle(scope, receive, send)

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from headrace.errors import HeadraceError
+from headrace.http.exchange import exchange_of
 from headrace.http.hangup import ClientGone, Watch
 from headrace.http.problems import unexpected
 from headrace.http.serving import Runs
@@ -42,26 +43,49 @@ async def encoded(journey: Runs, call: Call, encoder: EncodesEvents) -> Pieces:
             yield encoder.batch(batch)
 
 
-class Streamed:
-    """An event stream made of pieces.
+def as_they_are(piece: bytes) -> bytes:
+    """For sources that give bytes already."""
+    return piece
+
+
+Given = TypeVar("Given")
+
+
+class Streamed(Generic[Given]):
+    """An event stream, made of what a source gives, piece by piece.
 
     The first piece is waited for before the headers are sent, so that a refusal keeps its HTTP status; only when it takes longer
     than `keep_alive` seconds the headers go first. An error after that is an event, made by `problem`; `closing` makes the end.
     """
 
-    __slots__ = ("_closing", "_keep_alive", "_last", "_pieces", "_ping", "_problem", "_send", "_started", "_writing")
+    __slots__ = (
+        "_closing",
+        "_encode",
+        "_keep_alive",
+        "_last",
+        "_ping",
+        "_problem",
+        "_send",
+        "_send_body",
+        "_source",
+        "_started",
+        "_writing",
+    )
 
     _send: Send
+    _send_body: Send
 
     def __init__(
         self,
-        pieces: Pieces,
+        source: AsyncGenerator[Given],
+        encode: Callable[[Given], bytes],
         *,
         closing: Callable[[], bytes],
         problem: Callable[[HeadraceError], bytes],
         keep_alive: float,
     ) -> None:
-        self._pieces = pieces
+        self._source = source
+        self._encode = encode
         self._closing = closing
         self._problem = problem
         self._keep_alive = keep_alive
@@ -73,10 +97,11 @@ class Streamed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises the `HeadraceError` that refused the request, if nothing was sent yet, and `ClientGone`."""
         self._send = send
+        self._send_body = exchange_of(scope).send or send
         try:
-            async with Watch(receive, self._idle, self._keep_alive), aclosing(self._pieces):
-                async for piece in self._pieces:
-                    await self._write(piece)
+            async with Watch(receive, self._idle, self._keep_alive), aclosing(self._source):
+                async for given in self._source:
+                    await self._write(self._encode(given))
                 last = self._closing()
         except ClientGone:
             raise
@@ -91,7 +116,7 @@ class Streamed:
             structlog.get_logger("headrace.http").exception("stream failed")
             last = self._problem(unexpected())
         await self._start()
-        await send({"type": "http.response.body", "body": last})
+        await self._send_body({"type": "http.response.body", "body": last})
 
     async def _start(self) -> None:
         if not self._started:
@@ -106,7 +131,7 @@ class Streamed:
         if piece:
             self._last = time.monotonic()
             self._writing = True
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send_body({"type": "http.response.body", "body": piece, "more_body": True})
             self._writing = False
 
     async def _idle(self) -> float:
@@ -118,7 +143,7 @@ class Streamed:
             self._ping = asyncio.get_running_loop().create_future()
             try:
                 await self._start()
-                await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                await self._send_body({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             finally:
                 self._ping.set_result(None)
                 self._ping = None
