@@ -1,0 +1,99 @@
+"""The address that HTTP is served on: who may be let in there, and taking hold of it before anything slow begins."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from headrace.config import AccessSection, ServerSection
+from headrace.errors import ConfigError
+
+_LONGEST_PATH = 100
+"""Bytes; a unix socket's address has room for about 107."""
+
+
+def bind(server: ServerSection, access: AccessSection) -> socket.socket:
+    """A TCP socket bound to the configured address, not listening yet.
+
+    Raises `ConfigError` if the address is open to others and nothing says who they are, or can't be bound.
+    """
+    family, address = _resolve(server.host, server.port)
+    if not _is_loopback(address[0]) and not access.api_keys and not access.insecure_no_auth:
+        raise ConfigError(
+            f"{server.host} can be reached from other machines, and no keys are configured, so anyone could use this server. "
+            "Set HEADRACE_API_KEYS to one or more keys, or bind to 127.0.0.1; or, if the network itself keeps strangers out, "
+            "add --insecure-no-auth."
+        )
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and address[0] == "::":
+            with contextlib.suppress(OSError):
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise cannot_bind(server, error) from error
+    bound.set_inheritable(True)
+    return bound
+
+
+def cannot_bind(server: ServerSection, error: OSError) -> ConfigError:
+    """What to do about an address that can't be had."""
+    where = f"{server.host}:{server.port}"
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"{where} is in use by another program. Stop that, or choose another port with --port (0 takes a free one).")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ConfigError(f"{where} may not be bound by this user; ports below 1024 often may not. Choose another with --port.")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"{server.host} is not an address of this machine. Use 127.0.0.1, or 0.0.0.0 for all addresses.")
+    return ConfigError(f"{where} can't be bound: {error.strerror or error}.")
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where a browser on this machine would find it."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def private_folder() -> Path:
+    """A new folder that only this user can enter, with a path short enough for unix sockets in it."""
+    wanted = os.environ.get("XDG_RUNTIME_DIR", "")
+    for base in (wanted, tempfile.gettempdir(), "/tmp"):  # noqa: S108  (mkdtemp makes it private)
+        if base and len(os.fsencode(base)) + 40 <= _LONGEST_PATH and os.access(base, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="headrace-", dir=base))
+    raise ConfigError("There is no writable folder for the server's sockets; set TMPDIR to one with a short path.")
+
+
+def listen_privately(path: Path) -> socket.socket:
+    """A unix socket listening at `path`, for this user alone."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(128)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # noqa: S104
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"The host {host!r} is not an address and can't be looked up: {error}.") from error
+    family, _, _, _, address = found[0]
+    return family, address  # type: ignore[return-value]  # (host, port), and for IPv6 two numbers more
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback

@@ -1,0 +1,193 @@
+"""An API process: `python -m headrace.app CONTROL_FD LISTENING_FD`, started by the supervisor.
+
+Builds what answers requests (models, tokenizers, clients of the engine workers, the journey, the HTTP application) and
+serves it on the listening socket, which all API processes share. The model itself is never loaded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import os
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import msgspec
+import structlog
+import uvicorn
+import uvloop
+
+from headrace import logs
+from headrace.control import Alive, AskProcesses, Beginning, Drain, EngineChanged, Processes, ToChild, begin
+from headrace.engine.frames import FrameConnection
+from headrace.engines import EngineClient
+from headrace.errors import EngineUnavailable, HeadraceError
+from headrace.http.api import create_api
+from headrace.journey import Journey
+from headrace.models.template import load_template
+from headrace.models.tokenizer import load_tokenizer
+from headrace.served import ServedModel, ServedModels
+from headrace.types import EngineCard, EngineStatus, ModelFiles
+
+FAREWELL = 2.0
+"""Seconds between ending what still runs and leaving, in which clients are told."""
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open; longer than clients' pools keep theirs, so that none closes under a request."""
+PS_TIMEOUT = 2.0
+
+
+def main() -> None:
+    """Run until told to drain."""
+    beginning = begin()
+    logs.configure(beginning.config.log, "api")
+    uvloop.run(_run(beginning))
+
+
+class SupervisorLink:
+    """The API process's end of the control socket; what the HTTP floor knows as its control."""
+
+    def __init__(self, models: dict[str, tuple[ServedModel, EngineClient]], started_at: float) -> None:
+        self.draining = False
+        self.started_at = started_at
+        self.server: uvicorn.Server | None = None
+        self.connection = FrameConnection[ToChild](ToChild, self._received, _leave)
+        self._models = models
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count(1)
+        self._ending: asyncio.TimerHandle | None = None
+
+    async def ps(self) -> dict[str, Any]:
+        """The supervisor's process list. Raises `EngineUnavailable` if it doesn't answer."""
+        number = next(self._numbers)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
+        try:
+            self.connection.send(AskProcesses(number))
+            return await asyncio.wait_for(answer, PS_TIMEOUT)
+        except TimeoutError:
+            raise EngineUnavailable("The supervisor did not answer.", retry_after=1) from None
+        finally:
+            del self._asked[number]
+
+    def engine_ready(self, model: str, card: EngineCard) -> None:
+        """The model's worker said hello to us."""
+        self._models[model][0].card = card
+
+    def engine_lost(self, model: str) -> None:
+        """The connection ended; the supervisor will say more."""
+        served = self._models[model][0]
+        served.status = msgspec.structs.replace(
+            served.status, state="starting", pid=0, reason="The engine's process ended; it is being started again."
+        )
+
+    def _received(self, message: ToChild) -> None:
+        if isinstance(message, EngineChanged):
+            self._engine_changed(message.model, message.status)
+        elif isinstance(message, Processes):
+            asked = self._asked.get(message.number)
+            if asked is not None and not asked.done():
+                asked.set_result(message.listing)
+        elif isinstance(message, Drain):
+            self._drain(message.timeout)
+
+    def _engine_changed(self, model: str, status: EngineStatus) -> None:
+        served, client = self._models[model]
+        served.status = status
+        if status.state == "failed":
+            client.give_up(EngineUnavailable(status.reason, retry_after=30))
+        else:
+            client.hope()
+
+    def _drain(self, timeout: float) -> None:
+        self.draining = True
+        if self.server is not None:
+            self.server.should_exit = True
+        if self._ending is not None:
+            self._ending.cancel()
+        self._ending = asyncio.get_running_loop().call_later(timeout, self._end)
+
+    def _end(self) -> None:
+        for _, client in self._models.values():
+            client.end_all(EngineUnavailable("The server is stopping, and the time for running requests is over.", retry_after=5))
+        asyncio.get_running_loop().call_later(FAREWELL, _leave)
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn without its signal handlers: only the supervisor stops an API process. `listening` is set once it serves."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+async def _run(beginning: Beginning) -> None:
+    setup, config = beginning.setup, beginning.config
+    models: dict[str, tuple[ServedModel, EngineClient]] = {}
+    link = SupervisorLink(models, setup.started_at)
+    try:
+        for files, path in zip(setup.models, setup.sockets, strict=True):
+            models[files.name] = _serve_model(files, path, link)
+    except HeadraceError as error:
+        structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)
+        await _connect(link, beginning)
+        link.connection.send(Alive("failed", error.message, fatal=True))
+        await asyncio.sleep(0.05)
+        os._exit(3)
+    for _, client in models.values():
+        client.connect()
+    served = ServedModels([model for model, _ in models.values()])
+    app = create_api(config, served, Journey.standard(config, served), control=link)
+    server = link.server = ApiServer(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=KEEP_ALIVE,
+        )
+    )
+    await _connect(link, beginning)
+    serving = asyncio.create_task(server.serve(sockets=[beginning.listening]))
+    await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
+    gc.collect()
+    gc.freeze()
+    link.connection.send(Alive("ready"))
+    await serving
+    for _, client in models.values():
+        await client.close()
+    os._exit(0)
+
+
+def _serve_model(files: ModelFiles, path: str, link: SupervisorLink) -> tuple[ServedModel, EngineClient]:
+    client = EngineClient(path, on_ready=lambda card: link.engine_ready(files.name, card), on_lost=lambda: link.engine_lost(files.name))
+    if files.kind == "remote":
+        return ServedModel(files, client), client
+    return ServedModel(files, client, load_tokenizer(files), load_template(files)), client
+
+
+async def _connect(link: SupervisorLink, beginning: Beginning) -> None:
+    await asyncio.get_running_loop().create_unix_connection(lambda: link.connection, sock=beginning.control)
+
+
+def _leave() -> None:
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What the supervisor and its children say to each other, and how a child begins: the lifeline.
+
+Each child holds one end of a socket pair, whose other end only the supervisor has. It brings the configuration (secrets
+don't belong on a command line), then commands; the child reports its state. Its end is the supervisor's
+death, upon which the child leaves at once, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from pydantic import SecretStr
+
+from headrace.config import Config
+from headrace.types import EngineState, EngineStats, EngineStatus, ModelFiles
+
+# Supervisor to child
+
+
+class Setup(msgspec.Struct, frozen=True, tag=1):
+    """The first message: everything the child needs to begin."""
+
+    config: str
+    """JSON of `Config`, secrets included."""
+    models: list[ModelFiles]
+    sockets: list[str]
+    """For an API process: the path of each model's worker."""
+    started_at: float
+    """`time.monotonic()` of the whole server's start."""
+
+
+class EngineChanged(msgspec.Struct, frozen=True, tag=2):
+    """To API processes: where the worker of that model is in its life."""
+
+    model: str
+    status: EngineStatus
+
+
+class Drain(msgspec.Struct, frozen=True, tag=3):
+    """To API processes: accept nothing more, end what still runs after `timeout` seconds, and leave."""
+
+    timeout: float
+
+
+class Stop(msgspec.Struct, frozen=True, tag=4):
+    """To workers: free everything and leave."""
+
+
+class Processes(msgspec.Struct, frozen=True, tag=5):
+    """The answer to `AskProcesses`."""
+
+    number: int
+    listing: dict[str, Any]
+
+
+# Child to supervisor
+
+
+class Alive(msgspec.Struct, frozen=True, tag=6):
+    """Where the child is in its life; from a worker also how its loop is doing."""
+
+    state: EngineState
+    reason: str = ""
+    stats: EngineStats | None = None
+    fatal: bool = False
+    """Trying again can't help: the model or the configuration is at fault."""
+
+
+class AskProcesses(msgspec.Struct, frozen=True, tag=7):
+    """From an API process, on behalf of `headrace ps`."""
+
+    number: int
+
+
+ToChild = Setup | EngineChanged | Drain | Stop | Processes
+ToSupervisor = Alive | AskProcesses
+
+
+def config_to_json(config: Config) -> str:
+    """The whole configuration with its secrets, for `Config.model_validate_json` in a child."""
+    return json.dumps(config.model_dump(), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a child process was started with."""
+
+    control: socket.socket
+    listening: socket.socket
+    setup: Setup
+    config: Config
+
+
+def begin() -> Beginning:
+    """The first thing a child does: cut itself off from the terminal, hold on to the lifeline, read its setup.
+
+    The command line is the file descriptors of the control socket and of the listening socket.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        # Service managers and terminals signal whole groups; only the supervisor ends a child.
+        signal.signal(number, signal.SIG_IGN)
+    control_fd, listening_fd = (int(argument) for argument in sys.argv[1:3])
+    control = socket.socket(fileno=control_fd)
+    leave_with(control)
+    control.setblocking(True)
+    setup = msgspec.msgpack.decode(_read_frame(control), type=Setup)
+    control.setblocking(False)
+    return Beginning(control, socket.socket(fileno=listening_fd), setup, Config.model_validate_json(setup.config))
+
+
+def leave_with(control: socket.socket) -> None:
+    """Exit at once when the other end of `control` closes, also while native code keeps the event loop waiting."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    threading.Thread(target=_wait_for_end, args=(control.fileno(),), name="lifeline", daemon=True).start()
+
+
+def _wait_for_end(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, 0)  # POLLHUP is always reported
+    while not any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll()):
+        pass
+    os._exit(0)
+
+
+def _read_frame(control: socket.socket) -> bytes:
+    """One frame as `engine.frames` writes them."""
+    return _read(control, int.from_bytes(_read(control, 4), "big"))
+
+
+def _read(control: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = control.recv(size - len(data))
+        if not piece:
+            os._exit(0)
+        data += piece
+    return bytes(data)

@@ -1,0 +1,216 @@
+"""One engine, any number of API processes: takes their frames, runs their requests, sends back each step's events."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+import structlog
+
+from headrace.engine.frames import (
+    MAX_UNREAD,
+    Cancel,
+    Failed,
+    FrameConnection,
+    FrameTooLarge,
+    Hello,
+    Stats,
+    StatsRequest,
+    Step,
+    Submit,
+    ToWorker,
+)
+from headrace.errors import HeadraceError, RequestFailed
+from headrace.ports import Engine, Submits
+from headrace.types import EngineCard, Event, GenerateRequest, Report
+
+
+class EngineServer:
+    """Serves an engine over a listening unix socket's connections, each of which is an API process.
+
+    `max_unread`: bytes that an API process may leave unread before its connection is closed.
+    """
+
+    def __init__(self, engine: Engine, *, pid: int, max_unread: int = MAX_UNREAD) -> None:
+        self._engine = engine
+        self._pid = pid
+        self._max_unread = max_unread
+        self._clients: set[_ApiProcess] = set()
+        self._hello: Hello | None = None
+        self._ids: set[str] = set()
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def accept(self) -> asyncio.Protocol:
+        """A protocol factory, for `create_unix_server`."""
+        client = _ApiProcess(self)
+        return FrameConnection[ToWorker](
+            ToWorker,
+            client.received,
+            client.lost,
+            made=lambda connection: self._joined(client, connection),
+            max_unread=self._max_unread,
+        )
+
+    def ready(self, card: EngineCard) -> None:
+        """Say hello to those connected, and from now on to all who come."""
+        self._hello = Hello(card, self._pid)
+        for client in self._clients:
+            client.connection.send(self._hello)
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(self._engine.stats())
+
+    def _joined(self, client: _ApiProcess, connection: FrameConnection[ToWorker]) -> None:
+        client.connection = connection
+        self._clients.add(client)
+        if self._hello is not None:
+            connection.send(self._hello)
+
+    def left(self, client: _ApiProcess) -> None:
+        self._clients.discard(client)
+
+    def run(self, request: GenerateRequest, deliver: Callable[[Sequence[Event] | HeadraceError], None]) -> Callable[[], None]:
+        """Start a request; what comes back cancels it. `deliver` gets exactly one `Report` or error, last."""
+        if request.id in self._ids:
+            # Cancelling goes by id, and one tenant's choice of id must not reach another's request.
+            request = msgspec.structs.replace(request, id=f"{request.id}~{next(self._numbers)}")
+        self._ids.add(request.id)
+
+        def deliver_and_note(what: Sequence[Event] | HeadraceError) -> None:
+            if isinstance(what, HeadraceError) or type(what[-1]) is Report:
+                self._ids.discard(request.id)
+            deliver(what)
+
+        if isinstance(self._engine, Submits):
+            self._submit(self._engine, request, deliver_and_note)
+            return lambda: self._cancel(request.id)
+        task = asyncio.create_task(self._pump(request, deliver_and_note), name=request.id)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return lambda: _cancel_task(task)
+
+    def _cancel(self, request_id: str) -> None:
+        assert isinstance(self._engine, Submits)
+        self._engine.cancel(request_id)
+
+    def _submit(self, engine: Submits, request: GenerateRequest, deliver: Callable[[Sequence[Event] | HeadraceError], None]) -> None:
+        try:
+            engine.submit(request, deliver)
+        except HeadraceError as error:
+            deliver(error)
+        except Exception as error:  # noqa: BLE001  the worker's outermost edge: an error belongs to one request
+            deliver(_unexpected(request, error))
+
+    async def _pump(self, request: GenerateRequest, deliver: Callable[[Sequence[Event] | HeadraceError], None]) -> None:
+        last: Event | None = None
+        try:
+            events: Any = self._engine.generate(request)
+            async with aclosing(events):
+                async for batch in events:
+                    if batch:
+                        last = batch[-1]
+                        deliver(batch)
+            if type(last) is not Report:
+                raise RequestFailed("The engine ended the request without a report.")
+        except HeadraceError as error:
+            deliver(error)
+        except Exception as error:  # noqa: BLE001  the worker's outermost edge: an error belongs to one request
+            deliver(_unexpected(request, error))
+        finally:
+            self._ids.discard(request.id)
+
+
+class _ApiProcess:
+    """One connection: its requests by handle, and what waits to be sent at the end of this turn of the loop."""
+
+    connection: FrameConnection[ToWorker]
+
+    def __init__(self, server: EngineServer) -> None:
+        self._server = server
+        self._running: dict[int, Callable[[], None]] = {}
+        self._batches: list[tuple[int, list[Event]]] = []
+        self._failures: list[Failed] = []
+        self._flush_due = False
+
+    def received(self, message: ToWorker) -> None:
+        if isinstance(message, Submit):
+            self._start(message.handle, message.request)
+        elif isinstance(message, Cancel):
+            cancel = self._running.pop(message.handle, None)
+            if cancel is not None:
+                cancel()
+        elif isinstance(message, StatsRequest):
+            self.connection.send(self._server.stats)
+
+    def lost(self) -> None:
+        running, self._running = self._running, {}
+        for cancel in running.values():
+            cancel()
+        self._server.left(self)
+
+    def _start(self, handle: int, request: GenerateRequest) -> None:
+        ended = False
+        running = self._running
+        # Known before it is started: an engine may deliver from within `submit`.
+        running[handle] = lambda: None
+
+        def deliver(what: Sequence[Event] | HeadraceError) -> None:
+            nonlocal ended
+            if isinstance(what, HeadraceError):
+                ended = True
+                if running.pop(handle, None) is not None:
+                    self._failures.append(Failed(handle, what.code, what.message, what.param, what.retry_after))
+                    self._flush_soon()
+            elif handle in running:
+                if type(what[-1]) is Report:
+                    ended = True
+                    del running[handle]
+                self._batches.append((handle, what if isinstance(what, list) else list(what)))
+                self._flush_soon()
+
+        cancel = self._server.run(request, deliver)
+        if not ended:
+            running[handle] = cancel
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Everything that this turn of the loop delivered, in one frame."""
+        self._flush_due = False
+        batches, self._batches = self._batches, []
+        failures, self._failures = self._failures, []
+        if batches:
+            try:
+                self.connection.send(Step(batches))
+            except (FrameTooLarge, UnicodeEncodeError):
+                self._send_one_by_one(batches)
+        for failure in failures:
+            self.connection.send(failure)
+
+    def _send_one_by_one(self, batches: list[tuple[int, list[Event]]]) -> None:
+        for handle, events in batches:
+            try:
+                self.connection.send(Step([(handle, events)]))
+            except (FrameTooLarge, UnicodeEncodeError) as error:
+                cancel = self._running.pop(handle, None)
+                if cancel is not None:
+                    cancel()
+                self.connection.send(Failed(handle, RequestFailed.code, f"The answer can't be sent: {error}."))
+
+
+def _cancel_task(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+def _unexpected(request: GenerateRequest, error: Exception) -> RequestFailed:
+    structlog.get_logger("headrace.worker").error("request failed", request=request.id, exc_info=error)
+    return RequestFailed(f"The engine failed on this request ({type(error).__name__}); it is in the server's log under {request.id}.")

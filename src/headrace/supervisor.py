@@ -1,0 +1,219 @@
+"""The parent of all processes, `headrace serve`: takes the address, brings the model, starts the children, and stops them in order.
+
+`serve` is the whole life of a server; `Supervisor.run` is its part with children.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+
+from headrace import __version__, logs
+from headrace.address import bind, cannot_bind, listen_privately, private_folder, url_of
+from headrace.children import Child, listing, memory_mib
+from headrace.config import Config
+from headrace.control import AskProcesses, Drain, EngineChanged, Processes, Setup, Stop, ToSupervisor, config_to_json
+from headrace.models.resolve import resolve
+from headrace.types import ModelFiles
+
+END_TIMEOUT = 3.0
+"""Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
+
+
+def serve(config: Config) -> int:
+    """Serve until a signal says stop; the exit status. Raises `ConfigError` and `ModelError` where the start is refused."""
+    started_at = time.monotonic()
+    logs.configure(config.log, "supervisor")
+    with bind(config.server, config.access) as bound:
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            files = resolve(config.model)
+        except KeyboardInterrupt as interrupt:
+            return 0 if interrupt.args else 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        folder = private_folder()
+        try:
+            return asyncio.run(Supervisor(config, files, bound, folder, started_at).run())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+class Supervisor:
+    """The children of one server: an engine worker, and API processes that share it."""
+
+    def __init__(self, config: Config, files: ModelFiles, bound: socket.socket, folder: Path, started_at: float) -> None:
+        self._config = config
+        self._files = files
+        self._bound = bound
+        self._started_at = started_at
+        self._socket = folder / "engine"
+        self._engine_listening = listen_privately(self._socket)
+        self._signals = 0
+        self._signalled = asyncio.Event()
+        # The worker has no business with keys.
+        worker_config = Config(model=config.model, engine=config.engine, log=config.log)
+        self._worker = Child(
+            "headrace.worker",
+            "engine",
+            listening=self._engine_listening,
+            setup=lambda: self._setup(worker_config),
+            received=self._hear,
+            changed=self._worker_changed,
+        )
+        self._figures = folder / "figures"
+        self._figures.mkdir()
+        # Where the API processes add up what each has counted; prometheus_client reads the variable.
+        shared = {"PROMETHEUS_MULTIPROC_DIR": str(self._figures)} if config.server.max_workers > 1 else {}
+        self._apis = [
+            Child(
+                "headrace.app",
+                "API process",
+                listening=bound,
+                setup=lambda: self._setup(config),
+                received=self._hear,
+                changed=self._api_changed,
+                died=self._api_died,
+                environment=shared,
+            )
+            for _ in range(config.server.max_workers)
+        ]
+        self._log = structlog.get_logger("headrace.supervisor")
+
+    async def run(self) -> int:
+        """Until a signal says stop. Raises `ModelError` if a child can't be started at all."""
+        try:
+            self._bound.listen(2048)
+        except OSError as error:
+            raise cannot_bind(self._config.server, error) from error
+        self._catch_signals()
+        children = [self._worker, *self._apis]
+        keepers = [asyncio.create_task(child.keep(), name=child.name) for child in children]
+        announcer = asyncio.create_task(self._announce())
+        signalled = asyncio.create_task(self._signalled.wait())
+        try:
+            done, _ = await asyncio.wait([*keepers, signalled], return_when=asyncio.FIRST_COMPLETED)
+            if signalled not in done:
+                for keeper in keepers:
+                    if keeper in done:
+                        keeper.result()
+            await self._stop()
+        finally:
+            for child in children:
+                child.retire()
+                child.kill()
+            for task in (announcer, signalled, *keepers):
+                task.cancel()
+            await asyncio.gather(announcer, signalled, *keepers, return_exceptions=True)
+            self._engine_listening.close()
+        return 0
+
+    # Beginning
+
+    def _setup(self, config: Config) -> Setup:
+        return Setup(config_to_json(config), [self._files], [str(self._socket)], self._started_at)
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+                loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._signalled.set()
+        self._signalled = asyncio.Event()
+
+    async def _announce(self) -> None:
+        for child in (self._worker, *self._apis):
+            await child.started.wait()
+        url = url_of(self._bound)
+        seconds = time.monotonic() - self._started_at
+        name = self._files.aliases[0] if self._files.aliases else self._files.name
+        if sys.stderr.isatty():
+            for note in self._files.notes:
+                sys.stderr.write(f"{note}\n")
+            sys.stderr.write(f"Serving {name} at {url} after {seconds:.1f} s (try {url}/docs; Ctrl-C stops)\n")
+            sys.stderr.flush()
+        else:
+            for note in self._files.notes:
+                self._log.info("note", note=note)
+            self._log.info("ready", url=url, model=name, seconds=round(seconds, 2))
+
+    # Between
+
+    def _hear(self, child: Child, message: ToSupervisor) -> None:
+        if isinstance(message, AskProcesses):
+            child.tell(Processes(message.number, self._processes()))
+
+    def _worker_changed(self, worker: Child) -> None:
+        for api in self._apis:
+            api.tell(EngineChanged(self._files.name, worker.status))
+
+    def _api_changed(self, api: Child) -> None:
+        api.tell(EngineChanged(self._files.name, self._worker.status))
+
+    def _api_died(self, pid: int) -> None:
+        for path in self._figures.glob(f"gauge_live*_{pid}.db"):
+            path.unlink(missing_ok=True)
+
+    def _processes(self) -> dict[str, object]:
+        stats = self._worker.stats
+        worker = listing(self._worker, model=self._files.name)
+        if worker is not None:
+            worker |= {"running": stats.running, "waiting": stats.waiting}
+        apis = [line for api in self._apis if (line := listing(api)) is not None]
+        return {
+            "workers": [] if worker is None else [worker],
+            "api": apis,
+            "supervisor": {"pid": os.getpid(), "memory_mib": memory_mib(os.getpid())},
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - self._started_at, 1),
+        }
+
+    # End
+
+    async def _stop(self) -> None:
+        """Let running requests finish, then end the API processes, then the worker. Each further signal makes it hastier."""
+        timeout = self._config.server.drain_timeout
+        self._log.info("stopping", drain_timeout=timeout)
+        self._bound.close()
+        for api in self._apis:
+            api.retire()
+            api.tell(Drain(timeout))
+        ended = asyncio.gather(*(api.ended.wait() for api in self._apis))
+        if not await self._within(ended, timeout + END_TIMEOUT):
+            for api in self._apis:
+                api.tell(Drain(0))
+            await self._within(ended, END_TIMEOUT)
+        ended.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended
+        self._worker.retire()
+        self._worker.tell(Stop())
+        gone = asyncio.ensure_future(self._worker.ended.wait())
+        if not await self._within(gone, END_TIMEOUT):
+            self._log.warning("engine had to be killed")
+        gone.cancel()
+
+    async def _within(self, done: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait until it is done, the time is over, or another signal comes; whether it is done."""
+        hurry = asyncio.ensure_future(self._signalled.wait())
+        await asyncio.wait((done, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        return done.done()

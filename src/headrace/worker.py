@@ -1,0 +1,155 @@
+"""The engine worker's process: `python -m headrace.worker CONTROL_FD LISTENING_FD`, started by the supervisor.
+
+Loads one model, serves it to every API process that connects, and reports to the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+
+import structlog
+import uvloop
+
+from headrace import logs
+from headrace.config import Config
+from headrace.control import Alive, Beginning, Stop, ToChild, begin
+from headrace.engine.echo import EchoEngine
+from headrace.engine.frames import FrameConnection
+from headrace.engine.serving import EngineServer
+from headrace.errors import HeadraceError, ModelError
+from headrace.models.tokenizer import load_tokenizer
+from headrace.ports import Engine
+from headrace.types import EngineStats, ModelFiles
+
+REPORT_INTERVAL = 0.25
+"""Seconds between reports to the supervisor, while there is something new to say."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds that an engine gets to close before the process leaves without it."""
+
+
+def main() -> None:
+    """Run until told to stop."""
+    beginning = begin()
+    logs.configure(beginning.config.log, "engine")
+    uvloop.run(_run(beginning))
+
+
+def build_engine(files: ModelFiles, config: Config) -> Engine:
+    """The engine that serves these files. Raises `ModelError`."""
+    if files.kind == "echo":
+        return EchoEngine.from_options(
+            load_tokenizer(files),
+            files.options,
+            name=files.name,
+            context_length=files.context_length,
+            fingerprint=files.fingerprint,
+            max_sequences=config.engine.max_sequences,
+        )
+    if files.kind == "remote":
+        from headrace.engine.remote import RemoteEngine
+
+        key = config.model.remote_api_key
+        return RemoteEngine(
+            files.url,
+            name=files.name,
+            model=config.model.remote_model,
+            api_key=None if key is None else key.get_secret_value(),
+            context_length=files.context_length,
+            fingerprint=files.fingerprint,
+            options=files.options,
+        )
+    from headrace.engine.openvino_runner import OpenVinoRunner
+    from headrace.engine.scheduled import ScheduledEngine
+
+    section = config.engine
+    gib = section.kv_cache_gib
+    return ScheduledEngine(
+        lambda: OpenVinoRunner(
+            files.folder,
+            num_blocks=None,
+            kv_bytes=None if gib is None else int(gib * 2**30),
+            context_length=files.context_length,
+            max_sequences=section.max_sequences,
+            threads=section.threads,
+        ),
+        load_tokenizer(files),
+        name=files.name,
+        kind=files.kind,
+        context_length=files.context_length,
+        fingerprint=files.fingerprint,
+        config=section,
+    )
+
+
+async def _run(beginning: Beginning) -> None:
+    loop = asyncio.get_running_loop()
+    log = structlog.get_logger("headrace.worker")
+    stopping = asyncio.Event()
+
+    def told(message: ToChild) -> None:
+        if isinstance(message, Stop):
+            stopping.set()
+
+    control = FrameConnection[ToChild](ToChild, told, _leave)
+    await loop.create_unix_connection(lambda: control, sock=beginning.control)
+    files = beginning.setup.models[0]
+    try:
+        engine = build_engine(files, beginning.config)
+        server = EngineServer(engine, pid=os.getpid())
+        accepting = await _listen(server, beginning.listening)
+        starting = asyncio.create_task(engine.start())
+        await asyncio.wait((starting, asyncio.create_task(stopping.wait())), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            os._exit(0)
+        card = starting.result()
+    except HeadraceError as error:
+        control.send(Alive("failed", error.message, fatal=isinstance(error, ModelError)))
+        log.error("engine failed to start", reason=error.message)
+        await asyncio.sleep(0.05)
+        os._exit(3)
+    except Exception as error:  # the process's outermost edge
+        control.send(Alive("failed", f"{type(error).__name__}: {error}"))
+        log.exception("engine failed to start")
+        await asyncio.sleep(0.05)
+        os._exit(4)
+    gc.collect()
+    gc.freeze()
+    server.ready(card)
+    control.send(Alive("ready", stats=engine.stats()))
+    await _report(engine, control, stopping)
+    del accepting  # held until here: uvloop closes a server that nobody holds
+    control.send(Alive("stopping", stats=engine.stats()))
+    try:
+        await asyncio.wait_for(engine.close(), CLOSE_TIMEOUT)
+    except TimeoutError:
+        log.warning("engine closed too slowly")
+    os._exit(0)
+
+
+async def _listen(server: EngineServer, listening: socket.socket) -> asyncio.AbstractServer:
+    # The socket is the supervisor's, which keeps it over a worker's death: API processes' connections wait in it.
+    return await asyncio.get_running_loop().create_unix_server(server.accept, sock=listening)
+
+
+async def _report(engine: Engine, control: FrameConnection[ToChild], stopping: asyncio.Event) -> None:
+    said: EngineStats | None = None
+    while not stopping.is_set():
+        stats = engine.stats()
+        if stats != said:
+            said = stats
+            control.send(Alive("ready", stats=stats))
+        try:
+            await asyncio.wait_for(stopping.wait(), REPORT_INTERVAL)
+        except TimeoutError:
+            continue
+
+
+def _leave() -> None:
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
