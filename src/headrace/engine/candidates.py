@@ -1,0 +1,141 @@
+"""Draws from a distribution of which only the likeliest tokens and the total mass are known, and knows when it can't.
+
+The candidates are a row's likeliest tokens; of the others (the tail) we know that none is likelier than the last
+candidate, and at temperature 1 their mass, from the log-sum-exp. At another temperature T the tail's mass isn't known,
+but it has bounds: with tail weights y at T = 1, of which there are n with the sum m and the largest at most e,
+
+    T < 1:  n (m/n)^(1/T) ≤ Σ y^(1/T) ≤ m e^(1/T − 1)         T > 1:  the same, the other way round
+
+(the power mean inequality, and y^(1/T) = y y^(1/T − 1)). If the token is the same for the least and the largest tail,
+it is the token for any tail between, since both the total and the nucleus of top_p grow with it. If it isn't, or lies
+in the tail itself, the place is `UNDECIDED` and `invert` finds it from all logits.
+
+Both go through the tokens in the same order, the candidates and then the tail, and add in float64, so that they agree
+on every token that the candidates decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNDECIDED = -1
+
+SLACK = 1e-4
+"""How wrong the log-sum-exp and the candidates' mass, added in float32 on a device, may be, relative to the total."""
+
+
+class Filters(NamedTuple):
+    """What a draw is filtered with, in the order of use."""
+
+    temperature: float
+    min_p: float
+    top_k: int
+    """At least 1; the vocabulary's size is off."""
+    top_p: float
+
+
+def draw(
+    logits: NDArray[np.float32], logsumexp: NDArray[np.float32], filters: Sequence[Filters], uniforms: Sequence[float], vocab_size: int
+) -> list[int]:
+    """For each row its place among the candidates, or `UNDECIDED`. `logits` [R, k], likeliest first; the others [R]."""
+    count = logits.shape[1]
+    settings = np.array(filters, np.float64)
+    temperature, min_p, top_k, top_p = (settings[:, column, None] for column in range(4))
+    uniform = np.array(uniforms)[:, None]
+    # Overflow to infinity and products of zero are the right limits here.
+    with np.errstate(all="ignore"):
+        gaps = logits.astype(np.float64)
+        highest = gaps[:, :1]
+        last = gaps[:, -1:] - highest
+        total = np.exp(logsumexp[:, None] - highest)
+        gaps -= highest
+        least, most = _tail(total, np.exp(gaps).sum(axis=1, keepdims=True), last, vocab_size - count, temperature)
+        weights = np.exp(gaps / temperature)
+    weights *= weights >= min_p
+    weights *= np.arange(count) < top_k
+    # What of the tail has survived is unknown, unless nothing can have.
+    gone = (top_k <= count) | (weights[:, -1:] == 0)
+    most[gone] = 0
+    least[gone | (min_p > 0) | (top_k < vocab_size)] = 0
+    cumulative = weights.cumsum(axis=1)
+    low, high = cumulative[:, -1:] + least, cumulative[:, -1:] + most
+    if (top_p < 1).any():
+        low, high = _nucleus(cumulative, weights[:, -1:], low, high, top_p)
+    first = (cumulative <= uniform * low).sum(axis=1)
+    second = (cumulative <= uniform * high).sum(axis=1)
+    places = np.where((first == second) & (first < count), first, UNDECIDED)
+    return places.tolist()  # type: ignore[no-any-return]
+
+
+def _tail(
+    total: NDArray[np.float64], known: NDArray[np.float64], last: NDArray[np.float64], number: int, temperature: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds of the tail's weight at a temperature, [R, 1] each, in units of the likeliest token's weight."""
+    if number <= 0:
+        return np.zeros_like(total), np.zeros_like(total)
+    power = 1 / temperature
+    small = np.maximum(total * (1 - SLACK) - known, 0)
+    large = np.maximum(total * (1 + SLACK) - known, total * SLACK)
+    large = np.minimum(large, number * np.exp(last))
+    small = np.minimum(small, large)
+    # Beyond e^±700 lies nothing that matters; it keeps 0 × ∞ out.
+    steepness = np.exp(np.clip(last * (power - 1), -700, 700))
+    cold = temperature < 1
+    least = np.where(cold, number * (small / number) ** power, small * steepness)
+    most = np.where(cold, large * steepness, number * (large / number) ** power)
+    most = np.minimum(most, number * np.exp(last * power))
+    return np.minimum(least, most), most
+
+
+def _nucleus(
+    cumulative: NDArray[np.float64],
+    last: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    top_p: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds of the weight of the fewest likeliest tokens that have `top_p` of the total, where the total has bounds."""
+    known = cumulative[:, -1:]
+    bounds = []
+    for total, beyond in ((low, top_p * low), (high, np.minimum(high, top_p * high + last))):
+        wanted = top_p * total
+        # The token that reaches the wanted mass is the last of the nucleus.
+        place = np.minimum((cumulative < wanted).sum(axis=1, keepdims=True), cumulative.shape[1] - 1)
+        inside = np.take_along_axis(cumulative, place, axis=1)
+        reached = np.where((wanted <= known) | (high == known), inside, beyond)
+        bounds.append(np.where(top_p < 1, reached, total))
+    return bounds[0], bounds[1]
+
+
+def invert(logits: NDArray[np.floating], head: NDArray[np.int64], filters: Filters, uniform: float) -> int:
+    """The token, from all logits of a row. `head` are the likeliest tokens, likeliest first, in the order of `draw`."""
+    temperature, min_p, top_k, top_p = filters
+    values = logits.astype(np.float64)
+    rest = np.ones(len(values), np.bool_)
+    rest[head] = False
+    tail = np.flatnonzero(rest)
+    if len(head) < top_k < len(values) or top_p < 1:
+        tail = tail[np.argsort(-values[tail], kind="stable")]
+    order = np.concatenate([head, tail])
+    with np.errstate(over="ignore"):
+        weights = np.exp((values[order] - values[order[0]]) / temperature)
+    weights[weights < min_p] = 0
+    weights[top_k:] = 0
+    cumulative = weights.cumsum()
+    mass = cumulative[-1]
+    if top_p < 1:
+        mass = cumulative[min(int(np.searchsorted(cumulative, top_p * mass)), len(cumulative) - 1)]
+    return int(order[int(np.searchsorted(cumulative, uniform * mass, side="right"))])
+
+
+def likeliest(logits: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+    """The `count` likeliest tokens, likeliest first; of equals the lower id first."""
+    if count < len(logits):
+        found = np.argpartition(-logits, count - 1)[:count]
+    else:
+        found = np.arange(len(logits))
+    return found[np.lexsort((found, -logits[found]))]

@@ -1,0 +1,266 @@
+"""The `Runner` over OpenVINO: a model on this machine's CPU, its keys and values in paged blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.engine.kv_budget import block_count
+from headrace.engine.paged_graph import CACHES, ROWS_INPUT, page
+from headrace.errors import ModelError, RequestFailed
+from headrace.ports import ForwardBatch
+
+if TYPE_CHECKING:
+    import openvino
+
+Precision = Literal["auto", "f32"]
+
+_TOP_LOGITS, _TOP_IDS, _LOGSUMEXP, _LOGITS = range(4)
+_ALIGNMENT = 64
+
+
+class OpenVinoRunner:
+    """Runs the model in `folder` (`openvino_model.xml` and `.bin`) over `num_blocks` KV blocks.
+
+    Without `num_blocks`, `kv_budget` finds the number from `kv_bytes` or from free memory, for `max_sequences` of
+    `context_length` tokens. `threads` None is one a core. `precision` "f32" computes and keeps keys and values in
+    float32, for comparisons; "auto" takes what is fastest on the machine: bfloat16 where it has it, activations
+    quantized to 8 bits on the fly where weights are, 8-bit keys and values.
+
+    `deterministic` runs each sequence by itself, so that a distribution depends on nothing else in the batch: matrix
+    products round differently with the number of rows. It gives up what batching gains.
+
+    Built cheaply; `load` does the work. Used from one thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_blocks: int | None,
+        kv_bytes: int | None,
+        context_length: int,
+        max_sequences: int,
+        threads: int | None,
+        deterministic: bool = False,
+        precision: Precision = "auto",
+    ) -> None:
+        self._folder = folder
+        self._num_blocks = num_blocks or 0
+        self._kv_bytes = kv_bytes
+        self._context_length = context_length
+        self._max_sequences = max_sequences
+        self._threads = threads
+        self._deterministic = deterministic
+        self._precision = precision
+        self._block_size = 0
+        self._vocab_size = 0
+        self._block_bytes = 0
+        self._numerics = ""
+        self._request: Any = None
+        self._caches: list[NDArray[np.uint8]] = []
+        self._steps = 0
+
+    def load(self) -> None:
+        """Read, page and compile the model, and allocate its blocks. Takes seconds.
+
+        Raises `ModelError` for files that OpenVINO can't read, a model that can't be paged, and too little memory.
+        """
+        import openvino as ov
+
+        core = ov.Core()
+        path = self._folder / "openvino_model.xml"
+        if not path.is_file():
+            raise ModelError(f"{self._folder} has no openvino_model.xml; pull or convert the model again.")
+        try:
+            model = core.read_model(path)
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO can't read {path}: {str(error)[-300:]}. Pull or convert the model again.") from error
+        page(model)
+        try:
+            compiled = core.compile_model(model, "CPU", self._options())
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO can't run this model on the CPU: {str(error)[-300:]}") from error
+        self._vocab_size = compiled.output("logits").get_partial_shape()[1].get_length()
+        self._request = compiled.create_infer_request()
+        self._allocate(ov, compiled)
+        said = {name: str(compiled.get_property(name)) for name in ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")}
+        self._numerics = f"openvino {ov.__version__} {said} deterministic={self._deterministic}"
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        if self._threads is not None:
+            options["INFERENCE_NUM_THREADS"] = self._threads
+        if self._precision == "f32":
+            options |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}
+        return options
+
+    def _allocate(self, ov: Any, compiled: openvino.CompiledModel) -> None:
+        """Every layer's keys and values. The shape and type of a block are known only now: the CPU plugin chooses them."""
+        caches = [port for port in compiled.inputs if port.get_any_name().startswith(CACHES)]
+        shapes = [[dim.get_length() for dim in list(port.get_partial_shape())[1:]] for port in caches]
+        bits = [port.get_element_type().bitwidth for port in caches]
+        sizes = [int(np.prod(shape)) * width // 8 for shape, width in zip(shapes, bits, strict=True)]
+        self._block_bytes = sum(sizes)
+        # Values lie as [heads, tokens, channels]; a quantized key block has further rows for its scales.
+        self._block_size = min(shape[1] for port, shape in zip(caches, shapes, strict=True) if port.get_any_name().startswith("value"))
+        if not self._num_blocks:
+            self._num_blocks = block_count(
+                block_bytes=self._block_bytes,
+                block_size=self._block_size,
+                context_length=self._context_length,
+                max_sequences=self._max_sequences,
+                kv_bytes=self._kv_bytes,
+            )
+        for port, shape, size in zip(caches, shapes, sizes, strict=True):
+            # Zeroes from the system: no block holds what another process or a former sequence left, and pages that are
+            # never written take no memory.
+            memory = np.zeros(self._num_blocks * size + _ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % _ALIGNMENT
+            memory = memory[start : start + self._num_blocks * size]
+            tensor = ov.Tensor(memory, ov.Shape([self._num_blocks, *shape]), port.get_element_type())
+            self._request.set_tensor(port.get_any_name(), tensor)
+            self._caches.append(memory.reshape(self._num_blocks, size))
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return self._block_bytes
+
+    @property
+    def numerics(self) -> str:
+        """What besides the weights determines a distribution; part of the engine's fingerprint."""
+        return self._numerics
+
+    def forward(self, batch: ForwardBatch) -> OpenVinoResult:
+        """Run one step; the interpreter is free meanwhile. Raises `RequestFailed` where OpenVINO refuses the batch."""
+        if self._deterministic and len(batch.past_lens) > 1:
+            return _joined([self._run(part).settled() for part in _one_by_one(batch)])
+        return self._run(batch)
+
+    def _run(self, batch: ForwardBatch) -> OpenVinoResult:
+        import openvino as ov
+
+        self._check(batch)
+        self._steps += 1
+        feed: dict[str, NDArray[Any]] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "past_lens": batch.past_lens,
+            "subsequence_begins": batch.subsequence_begins,
+            "block_indices": batch.block_indices,
+            "block_indices_begins": batch.block_indices_begins,
+            "max_context_len": np.array(batch.max_context_len, np.int32),
+            ROWS_INPUT: batch.rows,
+        }
+        request = self._request
+        try:
+            for name, array in feed.items():
+                request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+            request.infer()
+        except RuntimeError as error:
+            raise RequestFailed(f"The model refused a step: {str(error)[-300:]}") from error
+        return OpenVinoResult(
+            request.get_output_tensor(_TOP_IDS).data.copy(),
+            request.get_output_tensor(_TOP_LOGITS).data.copy(),
+            request.get_output_tensor(_LOGSUMEXP).data.copy(),
+            # A view: reading a row copies that row alone, and a step whose rows nobody reads pays nothing.
+            request.get_output_tensor(_LOGITS).data,
+            self,
+        )
+
+    def _check(self, batch: ForwardBatch) -> None:
+        """OpenVINO follows a wrong index out of its memory, without a word."""
+        for indices, end in (
+            (batch.input_ids, self._vocab_size),
+            (batch.rows, len(batch.input_ids)),
+            (batch.block_indices, self._num_blocks),
+        ):
+            if indices.size and (indices.min() < 0 or indices.max() >= end):
+                raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {indices.max()}, of {end}.")
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in every layer."""
+        if not pairs:
+            return
+        sources, destinations = (list(side) for side in zip(*pairs, strict=True))
+        for cache in self._caches:
+            cache[destinations] = cache[sources]
+
+
+class OpenVinoResult:
+    """The distributions of one step's rows; `logits` reads the runner's own memory until the next step."""
+
+    __slots__ = ("_logits", "_runner", "_step", "logsumexp", "top_ids", "top_logits")
+
+    def __init__(
+        self,
+        top_ids: NDArray[np.int64],
+        top_logits: NDArray[np.float32],
+        logsumexp: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        runner: OpenVinoRunner | None,
+    ) -> None:
+        self.top_ids = top_ids
+        self.top_logits = top_logits
+        self.logsumexp = logsumexp
+        self._logits = logits
+        self._runner = runner
+        self._step = runner._steps if runner is not None else 0
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """[vocabulary] all logits of a row; a fresh copy. Raises `RuntimeError` once the runner went on."""
+        if self._runner is not None and self._runner._steps != self._step:
+            raise RuntimeError("A step's logits were read after the next step.")
+        logits: NDArray[np.float32] = self._logits[row].copy()
+        return logits
+
+    def settled(self) -> OpenVinoResult:
+        """The same with its logits copied, to outlive the next step."""
+        return OpenVinoResult(self.top_ids, self.top_logits, self.logsumexp, self._logits.copy(), None)
+
+
+def _one_by_one(batch: ForwardBatch) -> list[ForwardBatch]:
+    parts = []
+    for number in range(len(batch.past_lens)):
+        first, end = batch.subsequence_begins[number : number + 2]
+        blocks = slice(*batch.block_indices_begins[number : number + 2])
+        parts.append(
+            ForwardBatch(
+                input_ids=batch.input_ids[first:end],
+                position_ids=batch.position_ids[first:end],
+                past_lens=batch.past_lens[number : number + 1],
+                subsequence_begins=np.array([0, end - first], np.int32),
+                block_indices=batch.block_indices[blocks],
+                block_indices_begins=np.array([0, blocks.stop - blocks.start], np.int32),
+                max_context_len=int(batch.past_lens[number] + end - first),
+                rows=batch.rows[(batch.rows >= first) & (batch.rows < end)] - first,
+            )
+        )
+    return parts
+
+
+def _joined(results: list[OpenVinoResult]) -> OpenVinoResult:
+    return OpenVinoResult(
+        np.concatenate([result.top_ids for result in results]),
+        np.concatenate([result.top_logits for result in results]),
+        np.concatenate([result.logsumexp for result in results]),
+        np.concatenate([result._logits for result in results]),
+        None,
+    )
