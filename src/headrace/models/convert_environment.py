@@ -48,6 +48,9 @@ def converting_python(cache: Cache, progress: Progress, *, offline: bool) -> Pat
             run_logged([sys.executable, "-m", "virtualenv", "--clear", "--no-periodic-update", str(folder)], log, "Making the environment")
             command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *REQUIREMENTS]
             run_logged(command, log, "Installing optimum-intel and torch")
+            # It comes along for images, which aren't converted here, and where an index holds torch without CUDA its own
+            # build is of another kind; transformers then fails to import, without it does not.
+            run_logged([str(python), "-m", "pip", "uninstall", "--yes", "torchvision"], log, "Removing torchvision")
         done.touch()
     return python
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,8 +80,9 @@ class JinjaTemplate:
     def encode(self, messages: Sequence[Message], *, limit: int | None = None) -> list[int]:
         if limit is not None:
             self._refuse_long(messages, limit)
-        sentinel = self._sentinel(messages)
-        rendered = self._render([self._message(message, sentinel) for message in messages])
+        calls = [[_with_parsed_arguments(call) for call in message.tool_calls] for message in messages]
+        sentinel = self._sentinel(messages, calls)
+        rendered = self._render([self._message(message, called, sentinel) for message, called in zip(messages, calls, strict=True)])
         return self._encode(rendered, sentinel, limit)
 
     def _refuse_long(self, messages: Sequence[Message], limit: int) -> None:
@@ -128,16 +130,16 @@ class JinjaTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
             raise BadRequest(f"The model's chat template can't render this conversation ({error}).", param="messages") from None
 
-    def _sentinel(self, messages: Sequence[Message]) -> str:
+    def _sentinel(self, messages: Sequence[Message], calls: list[list[dict[str, Any]]]) -> str:
         sentinel = _USUAL_SENTINEL
         # Nobody can have guessed many of 65,534 random characters in one body.
         for _ in range(64):
-            if sentinel not in self._source and not any(_holds(message, sentinel) for message in messages):
+            if sentinel not in self._source and not any(map(_holds, messages, calls, repeat(sentinel))):
                 return sentinel
             sentinel = chr(random.randrange(0x100000, 0x10FFFE))
         raise InvalidParameter("The messages hold too many private-use characters.", param="messages")
 
-    def _message(self, message: Message, sentinel: str) -> dict[str, Any]:
+    def _message(self, message: Message, calls: list[dict[str, Any]], sentinel: str) -> dict[str, Any]:
         role, content = message.role, message.content
         if role not in _ROLES:
             shown = role if len(role) <= 40 else role[:40] + "…"
@@ -152,8 +154,8 @@ class JinjaTemplate:
             made["name"] = self._protect(message.name, sentinel)
         if message.tool_call_id is not None:
             made["tool_call_id"] = self._protect(message.tool_call_id, sentinel)
-        if message.tool_calls:
-            made["tool_calls"] = [self._protect_call(call, sentinel) for call in message.tool_calls]
+        if calls:
+            made["tool_calls"] = [self._protect_call(call, sentinel) for call in calls]
         return made
 
     def _protect(self, text: str, sentinel: str) -> str:
@@ -171,8 +173,6 @@ class JinjaTemplate:
                 made[key] = self._protect_call(value, sentinel)
             elif key == "type" and value == "function":
                 made[key] = value
-            elif key == "arguments" and isinstance(value, str):
-                made[key] = self._protect_deep(_parsed(value), sentinel, _DEEPEST)
             else:
                 known = key in ("id", "index", "name", "arguments")
                 made[key if known else self._protect(key, sentinel)] = self._protect_deep(value, sentinel, _DEEPEST)
@@ -241,18 +241,29 @@ class JinjaTemplate:
             raise TooManyTokens(already + more.at_least) from None
 
 
-def _holds(message: Message, character: str) -> bool:
-    if character in message.content:
+def _holds(message: Message, calls: list[dict[str, Any]], character: str) -> bool:
+    if character in message.content or (message.name is not None and character in message.name):
         return True
-    others: list[Any] = [message.name, message.tool_call_id]
-    return any(isinstance(other, str) and character in other for other in others) or any(
-        character in msgspec.json.encode(call).decode() or character in str(call) for call in message.tool_calls
-    )
+    if message.tool_call_id is not None and character in message.tool_call_id:
+        return True
+    return bool(calls) and _holds_deep(calls, character)
 
 
-def _parsed(arguments: str) -> Any:
+def _holds_deep(value: Any, character: str) -> bool:
+    if isinstance(value, str):
+        return character in value
+    if isinstance(value, dict):
+        return any(_holds_deep(key, character) or _holds_deep(item, character) for key, item in value.items())
+    return isinstance(value, list) and any(_holds_deep(item, character) for item in value)
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """Templates print arguments as JSON; what is JSON already must not become a string of JSON."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
     try:
-        return msgspec.json.decode(arguments)
+        arguments = msgspec.json.decode(function["arguments"])
     except (msgspec.MsgspecError, RecursionError):
-        return arguments
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
