@@ -275,7 +275,9 @@ class EngineClient:
                 stream.wake()
         elif isinstance(message, Failed):
             stream = self._submitted.pop(message.handle, None)
-            if stream is not None:
+            if stream is not None and message.code == EngineDied.code and not stream.began:
+                self._after_death(stream)
+            elif stream is not None:
                 stream.fail(revive(message.code, message.message, message.param, message.retry_after))
         elif isinstance(message, Hello):
             self._hello(message, connection)

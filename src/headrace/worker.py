@@ -9,19 +9,21 @@ import asyncio
 import gc
 import os
 import socket
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import structlog
 import uvloop
 
 from headrace import logs
-from headrace.config import Config
+from headrace.config import Config, EngineSection
 from headrace.control import Alive, Beginning, Stop, ToChild, begin
 from headrace.engine.echo import EchoEngine
 from headrace.engine.frames import FrameConnection
 from headrace.engine.serving import EngineServer
 from headrace.errors import HeadraceError, ModelError
 from headrace.models.tokenizer import load_tokenizer
-from headrace.ports import Engine
+from headrace.ports import Engine, Runner
 from headrace.types import EngineStats, ModelFiles
 
 REPORT_INTERVAL = 0.25
@@ -61,27 +63,41 @@ def build_engine(files: ModelFiles, config: Config) -> Engine:
             fingerprint=files.fingerprint,
             options=files.options,
         )
-    from headrace.engine.openvino_runner import OpenVinoRunner
     from headrace.engine.scheduled import ScheduledEngine
 
-    section = config.engine
-    gib = section.kv_cache_gib
     return ScheduledEngine(
-        lambda: OpenVinoRunner(
-            files.folder,
-            num_blocks=None,
-            kv_bytes=None if gib is None else int(gib * 2**30),
-            context_length=files.context_length,
-            max_sequences=section.max_sequences,
-            threads=section.threads,
-        ),
+        lambda: load_runner(files, config.engine),
         load_tokenizer(files),
         name=files.name,
         kind=files.kind,
         context_length=files.context_length,
         fingerprint=files.fingerprint,
-        config=section,
+        config=config.engine,
     )
+
+
+def load_runner(files: ModelFiles, section: EngineSection) -> Runner:
+    """The model on the CPU, loaded. Raises `ModelError`."""
+    from headrace.engine.openvino_runner import OpenVinoRunner
+
+    runner = OpenVinoRunner(
+        Path(files.folder),
+        num_blocks=None,
+        kv_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
+        context_length=files.context_length,
+        max_sequences=section.max_sequences,
+        threads=section.threads,
+    )
+    runner.load()
+    return runner
+
+
+@runtime_checkable
+class CanBreak(Protocol):
+    """An engine whose loop may break for good; then its process is of no further use."""
+
+    failed: asyncio.Event
+    failure: BaseException | None
 
 
 async def _run(beginning: Beginning) -> None:
@@ -120,6 +136,10 @@ async def _run(beginning: Beginning) -> None:
     server.ready(card)
     control.send(Alive("ready", stats=engine.stats()))
     await _report(engine, control, stopping)
+    if isinstance(engine, CanBreak) and engine.failed.is_set():
+        control.send(Alive("failed", f"The engine's loop broke: {engine.failure!r}."))
+        await asyncio.sleep(0.05)
+        os._exit(5)
     del accepting  # held until here: uvloop closes a server that nobody holds
     control.send(Alive("stopping", stats=engine.stats()))
     try:
@@ -136,6 +156,9 @@ async def _listen(server: EngineServer, listening: socket.socket) -> asyncio.Abs
 
 async def _report(engine: Engine, control: FrameConnection[ToChild], stopping: asyncio.Event) -> None:
     said: EngineStats | None = None
+    watching = None
+    if isinstance(engine, CanBreak):
+        watching = asyncio.create_task(_wait_then_set(engine.failed, stopping))
     while not stopping.is_set():
         stats = engine.stats()
         if stats != said:
@@ -145,6 +168,13 @@ async def _report(engine: Engine, control: FrameConnection[ToChild], stopping: a
             await asyncio.wait_for(stopping.wait(), REPORT_INTERVAL)
         except TimeoutError:
             continue
+    if watching is not None:
+        watching.cancel()
+
+
+async def _wait_then_set(first: asyncio.Event, then: asyncio.Event) -> None:
+    await first.wait()
+    then.set()
 
 
 def _leave() -> None:
