@@ -258,7 +258,13 @@ RAW: list[tuple[str, bytes]] = [
 @pytest.mark.parametrize(("name", "body"), RAW, ids=[name for name, _ in RAW])
 async def test_what_is_no_json_is_refused(name: str, body: bytes) -> None:
     async with client(stand()) as http:
-        for path, status in (("/v1/chat/completions", 400), ("/v1/completions", 400), ("/chat", 422), ("/chat/batch", 422), ("/tokenize", 422)):
+        for path, status in (
+            ("/v1/chat/completions", 400),
+            ("/v1/completions", 400),
+            ("/chat", 422),
+            ("/chat/batch", 422),
+            ("/tokenize", 422),
+        ):
             answer = await http.post(path, content=body)
             assert answer.status_code == status, (path, answer.text[:300])
             assert len(answer.content) < 3000

@@ -84,7 +84,14 @@ async def test_stream_gives_pieces_and_says_done() -> None:
 
 
 async def test_batch_keeps_order_and_keeps_errors_apart() -> None:
-    questions: list[Any] = [{"prompt": "one"}, {"prompt": ""}, 5, {"prompt": "x", "model": "no"}, {"prompt": "y", "foo": 1}, {"prompt": "two"}]
+    questions: list[Any] = [
+        {"prompt": "one"},
+        {"prompt": ""},
+        5,
+        {"prompt": "x", "model": "no"},
+        {"prompt": "y", "foo": 1},
+        {"prompt": "two"},
+    ]
     async with client(stand()) as http:
         answer = await http.post("/chat/batch", json=questions)
     results = answer.json()["results"]

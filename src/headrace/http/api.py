@@ -74,7 +74,8 @@ def create_api(config: Config, models: ServedModels, journey: Runs, *, control: 
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Client-Request-Id", "Server-Timing", "Retry-After"],
         )
-    app.add_middleware(Edge, proxies=TrustedProxies(config.access.trusted_proxies), metrics=metrics, models=models)
+    pages = [path for path in (app.docs_url, app.openapi_url) if path is not None]
+    app.add_middleware(Edge, proxies=TrustedProxies(config.access.trusted_proxies), metrics=metrics, models=models, pages=pages)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import structlog
@@ -21,11 +22,15 @@ CLIENT_HUNG_UP = 499
 class Edge:
     """Pure ASGI. Expects `uvicorn.Config(proxy_headers=False, access_log=False)`: addresses and log lines are its own matter."""
 
-    def __init__(self, app: ASGIApp, *, proxies: TrustedProxies, metrics: Metrics, models: ServedModels) -> None:
+    def __init__(
+        self, app: ASGIApp, *, proxies: TrustedProxies, metrics: Metrics, models: ServedModels, pages: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._proxies = proxies
         self._metrics = metrics
         self._models = models
+        self._pages = frozenset(pages)
+        """Paths of routes that aren't ours, such as /docs."""
         self._log: Any = structlog.get_logger("headrace.access")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,6 +39,8 @@ class Edge:
             return
         exchange = open_exchange(scope, self._proxies)
         exchange.send = send
+        if scope["path"] in self._pages:
+            exchange.route = scope["path"]
         scope["headrace"] = exchange
         ours = [(b"x-request-id", exchange.id.encode()), (b"x-content-type-options", b"nosniff")]
         if exchange.client_id is not None:
