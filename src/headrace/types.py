@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""Why a choice ended: `stop` (end of text or a stop sequence) or `length` (max_tokens or the context);
+FinishReason = Literal["stop", "length", "content_filter", "cancelled", "error"]
+"""Why a choice ended: `stop` (end of text or a stop sequence), `length` (max_tokens or the context) or `content_filter`;
 `cancelled` and `error` never reach a client as a finish reason, they only reach the log."""
 
 
@@ -93,12 +93,13 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     index: int
     """Position, within the choice's completion, of the first of `tokens`."""
     tokens: tuple[int, ...]
+    """A remote engine's ids are unknown: -1 stands for each piece of text, and the `Report` corrects the count."""
     text: str
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token that matched, if one did."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each of `tokens` where logprobs were asked for."""
+    """One for each of `tokens` where logprobs were asked for. Behind a filter they come with their text, which may be a later delta."""
 
 
 class PromptScores(msgspec.Struct, frozen=True, array_like=True, tag="p"):
@@ -305,4 +306,8 @@ class Call:
     source: AsyncIterator[list[Event]] | None = None
     """Where events come from; the step that opens it sets it (a cache, or the engine)."""
     transforms: list[Transform] = field(default_factory=list)
+    ended: bool = False
+    """A transform sets it where nothing more may be said; the journey then closes the source."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What callers are told of the journey: headers of non-streaming answers, comments at the end of streams."""
     outcome: Outcome = field(default_factory=Outcome)
