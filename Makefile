@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headrace
 
-.PHONY: serve test quick check bench clean
+.PHONY: serve test test-convert quick check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,11 @@ quick: check
 
 test: check
 	$(BIN)/pytest -m "not gpu"
+
+# Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
+test-convert: $(STAMP)-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[convert]'
+	HEADRACE_TEST_CONVERT=1 $(BIN)/pytest tests/models/test_transformers_folder.py
 
 bench: $(STAMP)-test
 	$(BIN)/python -m bench

@@ -67,9 +67,9 @@ def test_recursion_is_ended() -> None:
     "source", ["{{ ''.__class__ }}", "{{ messages.append(1) }}", "{{ raise_exception.__globals__ }}", "{{ messages.pop() }}"]
 )
 def test_pythons_insides_are_closed(source: str) -> None:
-    with pytest.raises((SecurityError, TemplateError)):
-        rendered = TemplateSandbox().from_string(source + "{{ undefined_here.x }}").render(messages=[1])
-        assert not rendered
+    template = TemplateSandbox().from_string(source)
+    with pytest.raises(SecurityError):
+        template.render(messages=[1])
 
 
 def test_an_end_that_comes_too_late_hits_nobody() -> None:
@@ -107,7 +107,7 @@ def test_threads_are_watched_apart() -> None:
 
 def test_what_chat_templates_use_works() -> None:
     source = (
-        "{%- set ns = namespace(found=false) -%}{%- for message in messages[::-1] -%}{%- set index = (messages|length - 1) - loop.index0 -%}"
+        "{%- set ns = namespace(found=false) -%}{%- for message in messages[::-1] -%}{%- set index = messages|length - 1 - loop.index0 -%}"
         "{%- if loop.first %}{% continue %}{% endif -%}{{ index ~ ':' ~ message.content.strip('\n').split(' ')[-1] | upper }};{%- endfor -%}"
         "{{ {'a': 'é<'} | tojson }}{{ messages | map(attribute='role') | join(',') }}{{ 'x' * 3 + 'y' }}{% generation %}!{% endgeneration %}"
         "{{ '{} {}'.format(1, 'a') }}{{ messages[0].get('none', 'd') }}{{ strftime_now('%Y') | length }}"

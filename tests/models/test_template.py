@@ -5,13 +5,13 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models.words import ADDED, small_tokenizer
 
 from headrace.errors import BadRequest, ModelError, TooManyTokens
 from headrace.models.byte_tokenizer import CHATML, ByteTokenizer
 from headrace.models.template import JinjaTemplate, load_template
 from headrace.models.tokenizer import load_tokenizer
 from headrace.types import Message, ModelFiles
+from models.words import ADDED, small_tokenizer
 
 STRICT = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -16,7 +16,6 @@ from headrace.models.progress import Advance, log
 TIMEOUT = httpx.Timeout(30.0, connect=20.0)
 _TRIES = 5
 _FIRST_PAUSE = 0.5
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def _transfer(client: httpx.Client, file: RemoteFile, part: Path, advance: Advan
             _etag_of(part).unlink(missing_ok=True)
         done = have if resumed else 0
         with part.open("ab" if resumed else "wb") as target:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():
                 done += len(chunk)
                 if done > file.size:
                     break
