@@ -7,7 +7,7 @@ from fake_runner import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.pace import BRISK_STEP, LEAST_PREFILL, Pace
+from headrace.engine.pace import BRISK_STEP, EXPRESS_PREFILL, LEAST_PREFILL, Pace
 from headrace.engine.sequence import Job, Sequence
 from headrace.engine.tenants import Tenants
 from headrace.types import GenerateRequest, Sampling
@@ -132,10 +132,9 @@ def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> Non
     pace.per_token, pace.fixed = 0.001, 0.008
     pace.note = lambda tokens, seconds: None  # type: ignore[method-assign]
     driven.runner.sizes.clear()
-    driven.add(list(range(1, 71)), tenant=2)
+    driven.add([*range(1, 91), *range(1, 61)], tenant=2)
     for _ in range(3):
         driven.step()
-    # Brisk: 42 tokens alone, then what is never denied beside the decodes.
-    assert driven.runner.sizes == [[42], [1] * 31 + [28], [1] * 32]
-    assert LEAST_PREFILL >= 28
+    # What an express step always has room for; then, beside the decodes, what is never denied; then the rest.
+    assert driven.runner.sizes == [[EXPRESS_PREFILL], [1] * 31 + [LEAST_PREFILL], [150 - EXPRESS_PREFILL - LEAST_PREFILL]]
     driven.drain()

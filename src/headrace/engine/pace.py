@@ -12,10 +12,16 @@ import math
 RELAXED_STEP = 0.15
 """Seconds that prefill may make a step last while one tenant has the engine to itself: long chunks waste least."""
 BRISK_STEP = 0.05
-"""The same while several tenants share the engine, or did so within `MEMORY` seconds."""
+"""The same while several tenants share the engine, or did so recently."""
+FIXED_SHARES = 2
+"""A step is worth at least so many times what it costs before its first token: a large model's steps can't be short."""
 MEMORY = 60.0
-LEAST_PREFILL = 32
-"""Prompt tokens that a step always has room for, however long its decodes take: prefill is never starved."""
+"""Seconds for which the engine remembers that several tenants shared it."""
+LEAST_PREFILL = 16
+"""Prompt tokens that a step always has room for, however long its decodes take: prefill is never starved. It is little,
+so that the batch of a tenant with many requests stops growing where its decodes alone fill a step."""
+EXPRESS_PREFILL = 128
+"""Prompt tokens that a step always has room for when no decodes wait for its end."""
 _KEEP = 0.98
 
 
@@ -52,4 +58,5 @@ class Pace:
         """Prompt tokens that fit in a step of so many seconds beside `beside` decodes; a large number where unknown."""
         if self.per_token <= 0:
             return 1 << 30
+        seconds = max(seconds, FIXED_SHARES * self.fixed)
         return max(0, math.floor((seconds - self.fixed) / self.per_token) - beside)

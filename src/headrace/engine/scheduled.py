@@ -47,6 +47,8 @@ CAPABILITIES = frozenset(
     }
 )
 
+_PAUSE = 0.01
+
 logger = logging.getLogger(__name__)
 
 
@@ -280,7 +282,9 @@ class ScheduledEngine:
                     stepper.cancel(entry)
                 else:
                     stepper.add(*entry)
-            stepper.step()
+            if not stepper.step() and not stepper.idle:
+                # Everyone waits and nobody runs: no rule of the scheduler leads here, but a busy loop would hide it.
+                wake.wait(_PAUSE)
             if stepper.outbox:
                 outbox, stepper.outbox = stepper.outbox, []
                 self._post(self._dispatch, outbox)

@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from headrace.engine.blocks import BlockPool
-from headrace.engine.pace import BRISK_STEP, LEAST_PREFILL, MEMORY, RELAXED_STEP, Pace
+from headrace.engine.pace import BRISK_STEP, EXPRESS_PREFILL, LEAST_PREFILL, MEMORY, RELAXED_STEP, Pace
 from headrace.engine.prefix import PrefixKeys
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.engine.tenants import COMPLETION_WEIGHT, PROMPT_WEIGHT, Tenant, Tenants
@@ -119,7 +119,7 @@ class Scheduler:
         express = self._newcomers()
         brisk = now < self._shared_until or len(self.tenants) > 1
         beside = 0 if express else len(self.decoding)
-        room = max(self.pace.room(BRISK_STEP if brisk else RELAXED_STEP, beside), LEAST_PREFILL)
+        room = max(self.pace.room(BRISK_STEP if brisk else RELAXED_STEP, beside), LEAST_PREFILL if beside else EXPRESS_PREFILL)
         plan = Plan([], [])
         self._fill(plan, min(room, self.step_tokens - beside), express or self.tenants.active())
         self._express = bool(express and plan.chunks)

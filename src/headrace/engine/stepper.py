@@ -120,8 +120,8 @@ class Stepper:
 
     # --- a step ---
 
-    def step(self) -> None:
-        """Run one step, if there is something to do, and put what came of it in the outbox."""
+    def step(self) -> bool:
+        """Run one step and put what came of it in the outbox; False where there was nothing to compute."""
         began = self._clock()
         if self._deadlines:
             self._expire(began)
@@ -144,6 +144,7 @@ class Stepper:
                 self.outbox.append((job.deliver, job.events))
                 job.events = []
         self._touched.clear()
+        return bool(plan.decodes or plan.chunks)
 
     def _expire(self, now: float) -> None:
         """End the requests whose time is up, saying where it went."""

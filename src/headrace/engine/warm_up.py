@@ -6,7 +6,7 @@ from headrace.engine.stepper import Stepper
 from headrace.errors import HeadraceError
 from headrace.types import GenerateRequest, Sampling
 
-PROMPTS = (200, 60)
+PROMPTS = (160, 40)
 """Tokens of the prompts that are prefilled alone."""
 BATCH = 16
 """Sequences that decode together."""
