@@ -23,8 +23,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LARGEST = 1 << 26
-"""Characters or items that one operation may produce: eight times the default limit of a request's body."""
+LARGEST = 1 << 25
+"""Characters or items that one operation may produce: four times the default limit of a request's body."""
 
 _FILTERS = frozenset(
     {
