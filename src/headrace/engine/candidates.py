@@ -10,14 +10,14 @@ but it has bounds: with tail weights y at T = 1, of which there are n with the s
 it is the token for any tail between, since both the total and the nucleus of top_p grow with it. If it isn't, or lies
 in the tail itself, the place is `UNDECIDED` and `invert` finds it from all logits.
 
-Both go through the tokens in the same order, the candidates and then the tail, and add in float64, so that they agree
+Both go through the tokens in the same order, the tail and then the candidates, and add in float64, so that they agree
 on every token that the candidates decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +49,10 @@ def draw(
     # Overflow to infinity and products of zero are the right limits here.
     with np.errstate(all="ignore"):
         gaps = logits.astype(np.float64)
-        highest = gaps[:, :1]
-        last = gaps[:, -1:] - highest
-        total = np.exp(logsumexp[:, None] - highest)
-        gaps -= highest
+        largest = gaps[:, :1].copy()
+        last = gaps[:, -1:] - largest
+        total = np.exp(logsumexp[:, None] - largest)
+        gaps -= largest
         least, most = _tail(total, np.exp(gaps).sum(axis=1, keepdims=True), last, vocab_size - count, temperature)
         weights = np.exp(gaps / temperature)
     weights *= weights >= min_p
@@ -62,13 +62,27 @@ def draw(
     most[gone] = 0
     least[gone | (min_p > 0) | (top_k < vocab_size)] = 0
     cumulative = weights.cumsum(axis=1)
-    low, high = cumulative[:, -1:] + least, cumulative[:, -1:] + most
+    known = cumulative[:, -1:]
+    low, high = known + least, known + most
     if (top_p < 1).any():
         low, high = _nucleus(cumulative, weights[:, -1:], low, high, top_p)
-    first = (cumulative <= uniform * low).sum(axis=1)
-    second = (cumulative <= uniform * high).sum(axis=1)
-    places = np.where((first == second) & (first < count), first, UNDECIDED)
+    one, other = _target(uniform, low, known), _target(uniform, high, known)
+    # The target rises with the mass up to where all candidates are in, and falls with what the tail adds.
+    lowest, highest = np.minimum(one, other), np.where((low < known) & (known < high), uniform * known, np.maximum(one, other))
+    first = (cumulative <= lowest).sum(axis=1)
+    second = (cumulative <= highest).sum(axis=1)
+    places = np.where((first == second) & (lowest[:, 0] >= 0), first, UNDECIDED)
     return places.tolist()  # type: ignore[no-any-return]
+
+
+def _target(uniform: Any, mass: Any, known: Any) -> Any:
+    """Where among the candidates' cumulative weights a draw lies; negative in the tail, which comes first.
+
+    With the tail first, a change of its weight by δ moves the border after a candidate by δ times the probability of
+    those behind it, which is little for most borders. With the tail last it would be that of those before it.
+    """
+    inside = np.minimum(mass, known)
+    return uniform * inside - (1 - uniform) * (mass - inside)
 
 
 def _tail(
@@ -126,10 +140,13 @@ def invert(logits: NDArray[np.floating], head: NDArray[np.int64], filters: Filte
     weights[weights < min_p] = 0
     weights[top_k:] = 0
     cumulative = weights.cumsum()
-    mass = cumulative[-1]
+    mass, known = cumulative[-1], cumulative[len(head) - 1]
     if top_p < 1:
         mass = cumulative[min(int(np.searchsorted(cumulative, top_p * mass)), len(cumulative) - 1)]
-    return int(order[int(np.searchsorted(cumulative, uniform * mass, side="right"))])
+    target = _target(uniform, mass, known)
+    if target < 0:
+        target = min(known + uniform * mass, np.nextafter(mass, 0))
+    return int(order[int(np.searchsorted(cumulative, target, side="right"))])
 
 
 def likeliest(logits: NDArray[np.floating], count: int) -> NDArray[np.int64]:

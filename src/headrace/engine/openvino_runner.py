@@ -39,7 +39,7 @@ class OpenVinoRunner:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         *,
         num_blocks: int | None,
         kv_bytes: int | None,
@@ -49,7 +49,7 @@ class OpenVinoRunner:
         deterministic: bool = False,
         precision: Precision = "auto",
     ) -> None:
-        self._folder = folder
+        self._folder = Path(folder)
         self._num_blocks = num_blocks or 0
         self._kv_bytes = kv_bytes
         self._context_length = context_length
