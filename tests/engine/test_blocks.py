@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.engine.blocks import BlockPool
@@ -41,6 +41,7 @@ def test_without_caching_nothing_is_found() -> None:
     assert (pool.available, pool.used, pool.cached) == (2, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "release", "register"]), st.integers(0, 99)), max_size=200))
 def test_every_block_is_held_idle_or_free(actions: list[tuple[str, int]]) -> None:
     pool = BlockPool(6)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.engine.stops import StopStrings
@@ -28,11 +28,13 @@ def plainly(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(deadline=None)
 @given(st.lists(letters, max_size=12), stops)
 def test_stops_where_a_plain_search_does_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
     assert watch(pieces, stops) == plainly("".join(pieces), stops)
 
 
+@settings(deadline=None)
 @given(letters, stops)
 def test_holds_back_only_what_may_become_a_stop_string(text: str, stops: list[str]) -> None:
     watcher, shown = StopStrings(stops), ""
