@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from headrace.errors import HeadraceError
 from headrace.types import Call, EngineCard, EngineStats, Event, GenerateRequest, Message
 
-if TYPE_CHECKING:  # API processes have no other use for numpy
+if TYPE_CHECKING:  # annotations are all that needs it here
     import numpy as np
     from numpy.typing import NDArray
 

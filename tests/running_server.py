@@ -1,0 +1,95 @@
+"""A whole server in processes of its own, for tests: `with RunningServer("echo") as server`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+
+def eventually(found: Callable[[], T], *, within: float = 20.0, what: str = "the condition") -> T:
+    """Poll until `found()` is true; its value."""
+    end = time.monotonic() + within
+    while True:
+        value = found()
+        if value:
+            return value
+        assert time.monotonic() < end, f"{what} did not come about within {within} s"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class RunningServer:
+    def __init__(self, folder: Path, model: str = "echo", *flags: str, environment: dict[str, str] | None = None) -> None:
+        self._log = folder / "server.log"
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_") and name != "API_PORT"}
+        self.environment = outside | (environment or {})
+        self._command = [sys.executable, "-m", "headrace", "serve", model, "--port", "0", *flags]
+        self._folder = folder
+        self.process: subprocess.Popen[bytes]
+        self.url = ""
+        self.client: httpx.Client
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.url = eventually(self._ready_url, what="readiness")
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        return self
+
+    def start(self) -> None:
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder, env=self.environment)
+
+    def __exit__(self, *exc: object) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Log lines of that event."""
+        lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def _ready_url(self) -> str:
+        assert self.process.poll() is None, self.log
+        return next((line["url"] for line in self.events("ready")), "")
+
+    def ps(self) -> dict[str, Any]:
+        said: dict[str, Any] = self.client.get("/admin/ps").raise_for_status().json()
+        return said
+
+    def worker(self) -> dict[str, Any]:
+        """The one engine worker, once there is one that is ready."""
+        return eventually(
+            lambda: next((worker for worker in self.ps()["workers"] if worker["state"] == "ready"), {}), what="a ready worker"
+        )
+
+    def children(self) -> list[int]:
+        listing = self.ps()
+        return [line["pid"] for line in (*listing["workers"], *listing["api"])]
