@@ -24,6 +24,8 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
         return annotation  # type: ignore[no-any-return]
     if annotation == str | None:
         return str
+    if annotation == int | None:
+        return int
     if annotation == tuple[int, ...]:
         return _integers
     raise TypeError(f"no option can be made for {annotation!r}")
