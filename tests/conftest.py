@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from headrace.config import ModelSection
 from headrace.models.resolve import resolve
 from headrace.types import ModelFiles
+from real_servers import PostgresServer, RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +15,46 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _data_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No server that a test starts touches the user's own keys and bills."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def default_model() -> ModelFiles:
     """The default model, from the user's own cache folder; fetched if it isn't there."""
     return resolve(ModelSection())
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One for the whole run: who stops it needs one of his own."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A database that all tests share; `postgres_server.new_database()` makes an empty one."""
+    return postgres_server.url
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_server: PostgresServer) -> str:
+    return postgres_server.new_database()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One for the whole run: who stops it needs one of his own."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: RedisServer) -> str:
+    """Shared by all tests: use keys with a prefix of your own, or flush."""
+    return redis_server.url

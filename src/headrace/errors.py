@@ -5,6 +5,7 @@
     │   ├── InvalidParameter          400 invalid_parameter        (param)
     │   ├── UnknownField              400 unknown_field            (param)
     │   ├── Unsupported               400 unsupported              (param)
+    │   ├── ContentRefused            400 content_filter
     │   └── ContextLengthExceeded     400 context_length_exceeded
     │       └── TooManyTokens         (within the API process only; `prepare` makes it a ContextLengthExceeded)
     ├── Unauthorized                  401 invalid_api_key
@@ -18,6 +19,7 @@
     ├── UpstreamError                 502 upstream_error           (retry)
     ├── Overloaded                    503 overloaded               (retry)
     ├── EngineUnavailable             503 engine_unavailable       (retry)
+    ├── StoreUnavailable              503 store_unavailable        (retry)
     ├── DeadlineExceeded              504 deadline_exceeded
     ├── ConfigError                   the start is refused
     └── ModelError                    a model can't be found, fetched, converted or served
@@ -65,6 +67,12 @@ class Unsupported(BadRequest):
     """The field is known, but this server, engine or model can't honour it."""
 
     code = "unsupported"
+
+
+class ContentRefused(BadRequest):
+    """The operator's filter refuses the prompt."""
+
+    code = "content_filter"
 
 
 class ContextLengthExceeded(BadRequest):
@@ -136,6 +144,14 @@ class Overloaded(HeadraceError):
 class EngineUnavailable(HeadraceError):
     status = 503
     code = "engine_unavailable"
+    retry = True
+
+
+class StoreUnavailable(HeadraceError):
+    """The database or the shared state that the request needs can't be reached."""
+
+    status = 503
+    code = "store_unavailable"
     retry = True
 
 

@@ -1,0 +1,1 @@
+"""Where state lives: keys, tenants and the audit log; each store is chosen by URL."""
