@@ -149,8 +149,9 @@ class _ApiProcess:
             self.connection.send(self._server.stats)
 
     def lost(self) -> None:
-        running, self._running = self._running, {}
-        for cancel in running.values():
+        running = [*self._running.values()]
+        self._running.clear()
+        for cancel in running:
             cancel()
         self._server.left(self)
 
