@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-
-import psutil
 
 from bench.servers import ServerFailed, clean_environment, cpu_seconds
 
@@ -52,24 +52,19 @@ class Asked:
 @contextmanager
 def side(name: str, module: str, **arguments: Any) -> Iterator[Asked]:
     """Start `python -m MODULE ARGUMENTS-AS-JSON` and wait until it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=_ROOT,
-        env=clean_environment(),
-    )
-    try:
-        yield Asked(name, process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=_ROOT, env=clean_environment()) as process:
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
+            yield Asked(name, process)
+        finally:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def answer_in_turn(answer: Callable[[dict[str, Any]], dict[str, Any]], source: IO[str], sink: IO[str], ready: dict[str, Any]) -> None:
@@ -84,14 +79,7 @@ def answer_in_turn(answer: Callable[[dict[str, Any]], dict[str, Any]], source: I
 @contextmanager
 def own_stdout() -> Iterator[IO[str]]:
     """The real standard output for answers, with file descriptor 1 led to standard error for everything else."""
-    import os
-
     kept = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(kept, "w") as sink:
         yield sink
-
-
-def physical_cores() -> int:
-    """Cores that threads are worth having on; OpenVINO's own default counts them in the same way."""
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
