@@ -9,6 +9,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.address import listen_privately
@@ -285,9 +286,7 @@ async def test_an_error_belongs_to_one_request(worker: Worker, client: EngineCli
 async def test_a_client_that_does_not_read_is_cut_off(worker: Worker, client: EngineClient) -> None:
     engine = EchoEngine(TOKENIZER, context_length=10**6)
     await worker.live(engine, max_unread=10_000)
-    reader, writer = await asyncio.open_unix_connection(worker.path, limit=1024)
-    import msgspec
-
+    _reader, writer = await asyncio.open_unix_connection(worker.path, limit=1024)
     for handle in range(1, 30):
         request = GenerateRequest(id=f"h{handle}", prompt=[97], sampling=Sampling(max_tokens=10**5, ignore_eos=True))
         frame = msgspec.msgpack.encode(Submit(handle, request))

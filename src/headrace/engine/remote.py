@@ -72,7 +72,14 @@ class RemoteEngine:
                 timeout=httpx.Timeout(SILENCE, connect=CONNECT_TIMEOUT),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             )
-        listed = await self._list(self._client)
+        try:
+            return await self._describe(self._client)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _describe(self, client: httpx.AsyncClient) -> EngineCard:
+        listed = await self._list(client)
         if self._model is None:
             if not listed:
                 raise ModelError(f"{self._url} lists no models; say which to ask for with HEADRACE_REMOTE_MODEL.")
