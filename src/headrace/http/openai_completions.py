@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.requests import Request
@@ -104,7 +104,7 @@ def prompts_of(
     else:
         kinds = set(map(type, asked))
         if kinds == {int}:
-            prompts = [[token for token in asked if isinstance(token, int)]]
+            prompts = [cast(list[int], asked)]
         elif int in kinds:
             raise InvalidParameter("`prompt` mixes token ids with other things.", param="prompt")
         elif len(asked) > most:
