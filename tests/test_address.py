@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from headrace.address import bind, listen_privately, private_folder, url_of
+from headrace.config import AccessSection, ServerSection
+from headrace.errors import ConfigError
+
+NOBODY = AccessSection()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.9.10"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    with bind(ServerSection(host=host, port=0), NOBODY) as bound:
+        assert url_of(bound).startswith("http://")
+        assert bound.getsockname()[1] > 0
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_addresses_need_keys_or_courage(host: str) -> None:
+    server = ServerSection(host=host, port=0)
+    with pytest.raises(ConfigError, match="HEADRACE_API_KEYS"):
+        bind(server, NOBODY)
+    for access in (AccessSection(api_keys=("k",)), AccessSection(insecure_no_auth=True)):  # type: ignore[arg-type]
+        try:
+            bind(server, access).close()
+        except ConfigError:
+            assert host == "::", "only IPv6 may be missing"
+            assert not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists()
+
+
+def test_a_taken_port_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=r"in use.*--port"):
+        bind(ServerSection(port=taken.getsockname()[1]), NOBODY)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "bad host", "x" * 300])
+def test_what_is_no_address_here_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError):
+        bind(ServerSection(host=host, port=0), AccessSection(insecure_no_auth=True))
+
+
+def test_sockets_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 90)))
+    folder = private_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert len(os.fsencode(folder)) <= 90
+    with listen_privately(folder / "engine"):
+        assert stat.S_IMODE((folder / "engine").stat().st_mode) == 0o600
+    (folder / "engine").unlink()
+    folder.rmdir()
