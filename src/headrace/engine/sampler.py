@@ -123,11 +123,12 @@ class SequenceSampler:
         sampling = self._sampling
         if self._seen is not None:
             # As in CTRL (Keskar et al., 2019) and everywhere since: a positive logit is divided, a negative multiplied.
-            seen = changed[self._seen]
-            changed[self._seen] = np.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+            seen = self._seen.nonzero()[0]
+            values = changed[seen]
+            changed[seen] = np.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
         if self._counts is not None:
-            changed -= sampling.frequency_penalty * self._counts
-            changed -= sampling.presence_penalty * (self._counts > 0)
+            drawn = self._counts.nonzero()[0]
+            changed[drawn] -= sampling.frequency_penalty * self._counts[drawn] + sampling.presence_penalty
         if self._bias is not None:
             tokens, biases = self._bias
             changed[tokens] += biases
