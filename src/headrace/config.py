@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -46,8 +46,13 @@ class AccessSection(Section):
     """Who may call."""
 
     api_keys: tuple[SecretStr, ...] = Field((), description="Bearer tokens; each is a tenant (HEADRACE_API_KEYS, comma-separated)")
+    auth: Literal["open", "keys"] | None = Field(
+        None, description="keys: every route needs one, but for health and docs; default is open on loopback, and keys beyond it"
+    )
     insecure_no_auth: bool = Field(False, description="Allow an address beyond loopback without keys")
     trusted_proxies: tuple[str, ...] = Field((), description="Addresses or networks whose X-Forwarded-For is believed")
+
+    key_cache_ttl: float = Field(900.0, ge=0, description="Seconds that known keys keep working while the database is away")
 
     @field_validator("api_keys")
     @classmethod
@@ -66,6 +71,29 @@ class AccessSection(Section):
             except ValueError as error:
                 raise ValueError(f"{network!r} is not an address or a network such as 10.0.0.0/8") from error
         return networks
+
+
+class StoreSection(Section):
+    """Where keys, bills and other lasting state are kept."""
+
+    data_dir: Path = Field(Path("~/.local/share/headrace"), description="Private folder for the database and the keys' pepper")
+    database_url: str | None = Field(
+        None, min_length=1, description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; default is headrace.db in data_dir"
+    )
+
+
+class TlsSection(Section):
+    """HTTPS. Off unless tls_cert is set."""
+
+    tls_cert: Path | None = Field(None, description="PEM file with the server's certificate and its chain; read again when it changes")
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's key, unencrypted; default is in tls_cert")
+    tls_client_ca: Path | None = Field(None, description="PEM file with CAs; clients then need a certificate from one of them")
+
+    @model_validator(mode="after")
+    def _nothing_without_a_certificate(self) -> Self:
+        if self.tls_cert is None and (self.tls_key is not None or self.tls_client_ca is not None):
+            raise ValueError("tls_key and tls_client_ca need tls_cert")
+        return self
 
 
 class ModelSection(Section):
@@ -107,13 +135,37 @@ class LogSection(Section):
     log_file_keep: int = Field(5, ge=0, le=1000, description="Rotated log files kept")
 
 
+class FilterSection(Section):
+    """What is refused, masked or blocked in prompts and answers. All off unless set."""
+
+    filter_input_max_chars: int | None = Field(None, ge=1, description="Most characters in a prompt, all messages together")
+    filter_control_characters: Literal["keep", "strip", "refuse"] = Field(
+        "keep", description="Control characters in prompts, but for tab and line ends"
+    )
+    deny_input: tuple[str, ...] = Field((), description="Words that refuse a prompt; anywhere in it, whatever their case")
+    deny_input_patterns: tuple[str, ...] = Field((), description="RE2 patterns that refuse a prompt")
+    deny_output: tuple[str, ...] = Field((), description="Words that never leave in an answer; anywhere in it, whatever their case")
+    deny_output_patterns: tuple[str, ...] = Field((), description="RE2 patterns of a limited length that never leave in an answer")
+    deny_action: Literal["mask", "block"] = Field("mask", description="At denied text in an answer: mask it, or end the answer before it")
+    pii_input: Literal["off", "mask", "refuse"] = Field("off", description="Personal data in prompts")
+    pii_output: Literal["off", "mask", "block"] = Field("off", description="Personal data in answers")
+    pii_kinds: tuple[str, ...] = Field(
+        ("email", "phone", "card", "cn_id", "secret"), description="Personal data that is looked for: email, phone, card, cn_id, secret"
+    )
+    filter_mask: str = Field("***", min_length=1, max_length=64, description="What stands in for masked text")
+    report_filters: bool = Field(False, description="Tell callers what was filtered: X-Headrace-Filter, and a comment in streams")
+
+
 class Config(Section):
     """All sections. `Config()` is the default configuration;"""
 
     server: ServerSection = ServerSection()
     access: AccessSection = AccessSection()
+    store: StoreSection = StoreSection()
+    tls: TlsSection = TlsSection()
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
+    filters: FilterSection = FilterSection()
     log: LogSection = LogSection()
 
 

@@ -46,6 +46,8 @@ class Journey:
                     if batch:
                         call.outcome.note(batch)
                         yield batch
+                    if call.ended:
+                        break
             except BaseException as error:
                 # Set before the steps leave: they settle by it. A hang-up arrives here as GeneratorExit or CancelledError.
                 call.outcome.error = error

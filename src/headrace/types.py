@@ -260,6 +260,8 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str = ""
     expires_at: float | None = None
     revoked_at: float | None = None
+    all_tenants: bool = False
+    """With scope `admin`: administers every tenant, not only its own."""
 
 
 class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,7 +272,56 @@ class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float = 0.0
 
 
+class KnownKey(msgspec.Struct, frozen=True):
+    """A key with the tenant it belongs to."""
+
+    key: KeyRecord
+    tenant: TenantRecord
+
+
+class KeyChanges(msgspec.Struct, frozen=True):
+    """What has changed since a version."""
+
+    version: int
+    """The newest; every change raises it."""
+    keys: frozenset[str] = frozenset()
+    """Ids of keys made, revoked or rotated."""
+    tenants: frozenset[str] = frozenset()
+    """Names of tenants made or changed."""
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Who did what to which key or tenant."""
+
+    at: float
+    """Unix time."""
+    actor: str
+    """A key's id, or `cli:` and the name of the machine's user."""
+    action: str
+    """`key.create`, `key.revoke`, `key.rotate`, `tenant.create`, `tenant.change`"""
+    subject: str
+    """The key's id or the tenant's name."""
+    tenant: str
+    details: dict[str, Any] = {}
+    id: int = 0
+    """Rising; given by the store."""
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a request comes from."""
+
+    number: int
+    """The tenant as an opaque number, for fairness and for keeping caches apart."""
+    key: KeyRecord | None = None
+    """None for an anonymous caller."""
+    tenant: TenantRecord | None = None
+
+
 Transform = Callable[[list[Event]], list[Event]]
+
+
+ANONYMOUS = "anonymous"
+"""The tenant's name of callers without a key."""
 
 
 @dataclass(slots=True)
@@ -301,6 +352,14 @@ class Call:
     tenant: int = 0
     key: str | None = None
     """A short public name of the key, for the log."""
+    caller: KeyRecord | None = None
+    """The key; None for an anonymous caller."""
+    caller_tenant: TenantRecord | None = None
+    """The key's tenant, with its limits; None for an anonymous caller."""
+    subject_tenant: str = ANONYMOUS
+    """The tenant's name, for the bill."""
+    identified: bool = False
+    """The HTTP floor has found out already who calls."""
     request: GenerateRequest | None = None
     served_model: str | None = None
     source: AsyncIterator[list[Event]] | None = None

@@ -1,0 +1,44 @@
+"""What filters decided, for whoever counts it and for the caller."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, Protocol
+
+from headrace.policies.filters.stream import Action
+from headrace.types import Call
+
+NOTE = "X-Headrace-Filter"
+"""The header of non-streaming answers, and the name in the comment at the end of streams."""
+
+Stage = Literal["input", "output"]
+
+
+class FilterCounter(Protocol):
+    """Counts decisions: metrics, as a rule. Called once for each match (or refusal), with words from small fixed sets."""
+
+    def __call__(self, stage: Stage, kind: str, action: str) -> None: ...
+
+
+def uncounted(stage: Stage, kind: str, action: str) -> None:
+    """For a server without metrics."""
+
+
+class Decisions:
+    """One call's decisions at one stage: counted, and noted on the call if callers are to be told."""
+
+    def __init__(self, call: Call, stage: Stage, count: FilterCounter, *, report: bool) -> None:
+        self._call = call
+        self._stage: Stage = stage
+        self._count = count
+        self._report = report
+        self._noted: Counter[str] = Counter()
+        before = call.notes.get(NOTE)
+        if before is not None:
+            self._noted.update({kind: int(number) for kind, _, number in (item.partition("=") for item in before.split(","))})
+
+    def __call__(self, kind: str, action: Action) -> None:
+        self._count(self._stage, kind, action)
+        if self._report:
+            self._noted[kind] += 1
+            self._call.notes[NOTE] = ",".join(f"{kind}={number}" for kind, number in self._noted.items())
