@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def test_sockets_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert stat.S_IMODE((folder / "engine").stat().st_mode) == 0o600
     (folder / "engine").unlink()
     folder.rmdir()
+
+
+def test_folders_of_servers_that_were_killed_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as base:  # pytest's own is too deep for sockets
+        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+        killed, living = private_folder(), private_folder()
+        listen_privately(killed / "engine").close()
+        with listen_privately(living / "engine"):
+            private_folder()
+            assert not killed.exists()
+            assert living.exists()

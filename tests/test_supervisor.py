@@ -226,6 +226,28 @@ def test_secrets_are_in_no_command_line_nor_log_nor_the_worker(tmp_path: Path) -
     assert "psst-private" not in log
 
 
+def test_a_server_in_front_of_a_server(server: RunningServer, tmp_path: Path) -> None:
+    front = tmp_path / "front"
+    front.mkdir()
+    with RunningServer(front, f"{server.url}/v1", "--name", "front") as proxy:
+        chat = {"messages": [{"role": "user", "content": "near and far"}]}
+        answer = proxy.client.post("/v1/chat/completions", json=chat).json()
+        assert answer["choices"][0]["message"]["content"] == "near and far"
+        assert answer["usage"] == server.client.post("/v1/chat/completions", json=chat).json()["usage"]
+        completion = proxy.client.post("/v1/completions", json={"prompt": "once", "max_tokens": 3}).json()
+        assert completion["choices"][0]["text"] == "onc"
+        assert completion["choices"][0]["finish_reason"] == "length"
+        stream = Streaming(proxy.url, "two\nlines")
+        stream.join(10)
+        assert stream.pieces[:3] == ["t", "w", "o"]
+        assert [name for name, _ in stream.ends] == ["done"]
+        with httpx.stream("POST", f"{proxy.url}/chat/stream", json={"prompt": SLOW_TEXT, "max_length": 4000}) as hung_up:
+            pieces = hung_up.iter_raw()
+            next(pieces)
+            eventually(lambda: server.worker()["running"] == 1)
+        eventually(lambda: server.worker()["running"] == 0)
+
+
 def test_an_api_process_loads_no_engine(server: RunningServer) -> None:
     api = server.ps()["api"][0]["pid"]
     maps = Path(f"/proc/{api}/maps").read_text()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from headrace.config import AccessSection, ServerSection
 from headrace.errors import ConfigError
 
+ENGINE_SOCKET = "engine"
+"""Name of the engine's socket in a server's private folder."""
+_PREFIX = "headrace-"
 _LONGEST_PATH = 100
 """Bytes; a unix socket's address has room for about 107."""
 
@@ -68,8 +72,22 @@ def private_folder() -> Path:
     wanted = os.environ.get("XDG_RUNTIME_DIR", "")
     for base in (wanted, tempfile.gettempdir(), "/tmp"):  # noqa: S108  (mkdtemp makes it private)
         if base and len(os.fsencode(base)) + 40 <= _LONGEST_PATH and os.access(base, os.W_OK | os.X_OK):
-            return Path(tempfile.mkdtemp(prefix="headrace-", dir=base))
+            _sweep(Path(base))
+            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     raise ConfigError("There is no writable folder for the server's sockets; set TMPDIR to one with a short path.")
+
+
+def _sweep(base: Path) -> None:
+    """Remove folders of servers that were killed: their sockets are there, and nobody listens."""
+    for path in base.glob(f"{_PREFIX}*/{ENGINE_SOCKET}"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if path.parent.stat().st_uid != os.getuid():
+                continue
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def listen_privately(path: Path) -> socket.socket:

@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from headrace import __version__, logs
-from headrace.address import bind, cannot_bind, listen_privately, private_folder, url_of
+from headrace.address import ENGINE_SOCKET, bind, cannot_bind, listen_privately, private_folder, url_of
 from headrace.children import Child, listing, memory_mib
 from headrace.config import Config
 from headrace.control import AskProcesses, Drain, EngineChanged, Processes, Setup, Stop, ToSupervisor, config_to_json
@@ -62,7 +62,7 @@ class Supervisor:
         self._files = files
         self._bound = bound
         self._started_at = started_at
-        self._socket = folder / "engine"
+        self._socket = folder / ENGINE_SOCKET
         self._engine_listening = listen_privately(self._socket)
         self._signals = 0
         self._signalled = asyncio.Event()
