@@ -83,13 +83,13 @@ async def test_a_prompt_that_leaves_no_room_is_refused_with_both_counts(tokens: 
 
 
 async def test_scoring_alone_may_fill_the_context() -> None:
-    assert fit(Sampling(max_tokens=0), 16, 16).max_tokens == 0
+    assert fit(call(tokens=[5] * 16, sampling=Sampling(max_tokens=0)), 16, 16).max_tokens == 0
 
 
 async def test_counting_that_stopped_early_says_at_least() -> None:
     with pytest.raises(ContextLengthExceeded, match="at least 17") as caught:
         await prepared(call(text="x" * 9000))
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
 
 
 @pytest.mark.parametrize("tokens", [[128], [-1], [5, 10**9]])

@@ -64,7 +64,7 @@ class Prepare:
             limit = context_length(model)
             prompt = await self._prompt(call, model, limit)
             call.request = GenerateRequest(
-                id=call.id, prompt=prompt, sampling=fit(call.sampling, len(prompt), limit), tenant=call.tenant, timeout=timeout
+                id=call.id, prompt=prompt, sampling=fit(call, len(prompt), limit), tenant=call.tenant, timeout=timeout
             )
             call.outcome.prompt_tokens = len(prompt)
         yield
@@ -77,10 +77,10 @@ class Prepare:
                 assert model.tokenizer is not None
                 return [*model.tokenizer.bos_ids, *await encode_text(model, call.text, limit=limit)]
         except TooManyTokens as error:
-            raise too_long(limit, f"at least {error.at_least}") from None
+            raise too_long(call, limit, f"at least {error.at_least}") from None
         tokens = call.tokens or []
         if len(tokens) > limit:
-            raise too_long(limit, str(len(tokens)))
+            raise too_long(call, limit, str(len(tokens)))
         assert model.tokenizer is not None
         if tokens and not 0 <= min(tokens) <= max(tokens) < model.tokenizer.vocab_size:
             raise InvalidParameter(
@@ -116,20 +116,21 @@ async def _aside(size: int, encode: Callable[[], list[int]]) -> list[int]:
     return await asyncio.to_thread(encode)
 
 
-def fit(sampling: Sampling, prompt_tokens: int, limit: int) -> Sampling:
+def fit(call: Call, prompt_tokens: int, limit: int) -> Sampling:
     """Cut `max_tokens` to what the context leaves. Raises `ContextLengthExceeded` where it leaves nothing."""
+    sampling = call.sampling
     room = limit - prompt_tokens
     if room < min(1, sampling.max_tokens):
-        raise too_long(limit, str(prompt_tokens))
+        raise too_long(call, limit, str(prompt_tokens))
     if sampling.max_tokens <= room:
         return sampling
     return msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
 
 
-def too_long(limit: int, count: str) -> ContextLengthExceeded:
+def too_long(call: Call, limit: int, count: str) -> ContextLengthExceeded:
     return ContextLengthExceeded(
         f"The context of this model is {limit} tokens, and the prompt has {count}. Shorten the prompt.",
-        param="messages",
+        param="prompt" if call.messages is None else "messages",
     )
 
 
