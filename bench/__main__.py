@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import time
 from types import ModuleType
 
 from bench.figures import Findings, as_markdown
 from bench.options import parser_for
+from bench.others import OthersWatch
 from bench.results import append
 from bench.servers import ServerFailed
 
@@ -50,7 +50,7 @@ def _run(name: str, arguments: list[str]) -> int:
     parser = parser_for(module.run, prog=f"python -m bench {name}", description=module.__doc__ or "")
     options = vars(parser.parse_args(arguments))
     record = options.pop("record")
-    load = f"Load average before the run: {os.getloadavg()[0]:.2f}."
+    watch = OthersWatch()
     print(f"\n{name}: {_summary(module)}", flush=True)
     begun = time.monotonic()
     try:
@@ -58,11 +58,11 @@ def _run(name: str, arguments: list[str]) -> int:
     except ServerFailed as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    table = as_markdown(findings)
+    table = f"{as_markdown(findings)}\n\n{watch.note()}"
     print(table, flush=True)
     if record:
         given = [word for word in arguments if word != "--record"]
-        append(name, " ".join(["python -m bench", name, *given]), f"{table}\n\n{load}", seconds=time.monotonic() - begun)
+        append(name, " ".join(["python -m bench", name, *given]), table, seconds=time.monotonic() - begun)
     return 0 if findings.met else 1
 
 

@@ -7,11 +7,13 @@ end-of-text ignored. Users in a closed loop: each sends its next request when it
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from bench.figures import Figure, Findings, Side, ratio
 from bench.rounds import interleave
-from bench.turns import Asked, side
+from bench.turns import Asked, side, speed
 from bench.weights import find_model
 from headrace.config import EngineSection
 
@@ -28,8 +30,9 @@ def run(
     threads: int | None = None,
     kv_cache_gib: int = 1,
 ) -> Findings:
-    """`turns`: requests of each user in a round."""
+    """`turns`: requests of each user in a round; `threads`: of each side, one a core unless given."""
     files = msgspec.to_builtins(find_model(model))
+    threads = threads or len(os.sched_getaffinity(0))
     settings = {"files": files, "threads": threads, "kv_cache_gib": kv_cache_gib, "step_tokens": EngineSection().step_tokens}
     figures: list[Figure] = []
     idle: dict[str, float] = {"own engine": 0.0, "GenAI": 0.0}
@@ -59,4 +62,4 @@ class Speed:
         # The users' number is part of the round's: prompts of 4 users are never those of 16.
         answer = self._asked.ask(round=number + 1_000 * self._question["users"], **self._question)
         self._idle[self._other.name] += self._other.cpu_seconds() - before
-        return float(answer["tokens"] / answer["seconds"])
+        return speed(self._asked, answer, self._question["requests"] * self._question["max_tokens"])

@@ -12,7 +12,7 @@ from bench.figures import Findings, Side, ratio
 from bench.load_side import load, own_cpu_seconds
 from bench.rounds import interleave
 from bench.servers import headrace
-from bench.turns import side
+from bench.turns import side, speed
 from bench.weights import find_model
 
 BOUND = 0.95
@@ -42,7 +42,7 @@ def run(
 
         def in_process(number: int) -> float:
             answer = own.ask(round=number, users=users, requests=requests, max_tokens=max_tokens)
-            return float(answer["tokens"] / answer["seconds"])
+            return speed(own, answer, requests * max_tokens)
 
         before = own_cpu_seconds()
         values = interleave({"server": through_http, "engine": in_process}, rounds)

@@ -67,6 +67,13 @@ def side(name: str, module: str, **arguments: Any) -> Iterator[Asked]:
                 process.kill()
 
 
+def speed(asked: Asked, answer: dict[str, Any], tokens: int) -> float:
+    """Tokens a second. Raises `ServerFailed` unless exactly `tokens` were made: less work done is not speed."""
+    if answer["tokens"] != tokens:
+        raise ServerFailed(f"{asked.name} was asked for {tokens} tokens and gave {answer['tokens']}.")
+    return float(tokens / answer["seconds"])
+
+
 def answer_in_turn(answer: Callable[[dict[str, Any]], dict[str, Any]], source: IO[str], sink: IO[str], ready: dict[str, Any]) -> None:
     """The answering end: until the input closes. Libraries that print must not reach `sink`."""
     sink.write(json.dumps(ready) + "\n")

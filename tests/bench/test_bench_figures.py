@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,11 @@ from bench.api_cpu import solve
 from bench.fairness import sequences_inside
 from bench.figures import Figure, Findings, Side, as_markdown, quantile, ratio
 from bench.options import parser_for
+from bench.others import OthersWatch
 from bench.rounds import interleave
 from bench.servers import ServerFailed, clean_environment, find_llama_server
 from bench.sides.prompts import texts
-from bench.turns import side
+from bench.turns import Asked, side, speed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,3 +129,30 @@ def test_servers_under_test_see_no_configuration_of_ours(monkeypatch: pytest.Mon
 def test_sequences_are_read_from_the_metrics() -> None:
     text = '# HELP headrace_sequences_running x\nheadrace_sequences_running{model="m"} 3.0\nheadrace_sequences_waiting{model="m"} 61.0\n'
     assert sequences_inside(text) == 64
+
+
+def test_our_own_work_and_our_childrens_is_not_others_work() -> None:
+    watch = OthersWatch()
+    spin = "import time\nend = time.perf_counter() + 0.5\nwhile time.perf_counter() < end: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    ours = sum(os.times()[:4])
+    assert ours > 0
+    assert 0 <= watch.share() <= 1
+    assert "of the machine" in watch.note()
+
+
+def test_too_few_tokens_are_not_speed() -> None:
+    with side_of(["{}", '{"tokens": 3, "seconds": 1.0}']) as asked:
+        answer = asked.ask(round=1)
+        assert speed(asked, answer, 3) == 3.0
+        with pytest.raises(ServerFailed, match="asked for 4 tokens and gave 3"):
+            speed(asked, answer, 4)
+
+
+@contextmanager
+def side_of(answers: list[str]) -> Iterator[Asked]:
+    code = "import sys\nfor line in sys.argv[1:]: print(line, flush=True); sys.stdin.readline()"
+    command = [sys.executable, "-c", code, *answers]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Asked("a side", process)
+        process.kill()
