@@ -194,6 +194,9 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Lines to say at start, such as that this is a small demonstration model."""
 
 
+ServedFrom = Literal["engine", "cache", "shared"]
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of a call. Steps read it when they leave."""
@@ -206,6 +209,34 @@ class Outcome:
     """`time.monotonic()` when the first token left the engine client."""
     report: Report | None = None
     error: BaseException | None = None
+
+    served_from: ServedFrom = "engine"
+    """`cache`: a stored answer. `shared`: an identical request's generation; this call may have taken over its bill on the way."""
+    cache_level: str = ""
+    """Which level of the cache had the answer, for counting: `memory`, `sqlite`, `redis`; empty otherwise."""
+    own_prompt_tokens: int | None = None
+    """Of the prompt's tokens, those this call pays in full; None is all. The rest costs `cached_price`."""
+    own_completion_tokens: int | None = None
+    """Likewise of the completion's. It grows as they are generated, which may be before they are read: a call that leaves pays for
+    what was generated until then."""
+    cached_price: float = 0.0
+    """Fraction of a token that a token costs which is not this call's own."""
+    engine_request: str = ""
+    """The id under which the engine runs a shared generation: that of the call that began it."""
+
+    @property
+    def billed_prompt_tokens(self) -> int:
+        return self._billed(self.prompt_tokens, self.own_prompt_tokens)
+
+    @property
+    def billed_completion_tokens(self) -> int:
+        """Of a call that is not shared, those that passed (`note`)."""
+        return self._billed(self.completion_tokens, self.own_completion_tokens)
+
+    def _billed(self, tokens: int, own: int | None) -> int:
+        if own is None:
+            return tokens
+        return own + int(self.cached_price * max(0, tokens - own) + 0.5)
 
     def note(self, batch: list[Event]) -> None:
         """Count what passes, as it passes: a client that hangs up is billed for what it was sent."""
@@ -341,7 +372,8 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
     finish: str = ""
     """Why the (last) choice ended; empty where it didn't."""
     status: str = "open"
-    """`open`; then `ok`, `cancelled` (the client hung up), `cached`, `interrupted` (its API process died), or the code of the error that ended it."""
+    """`open`; then `ok`, `cancelled` (the client hung up), `cached`, `interrupted` (its API process died), or the code of the error
+    that ended it."""
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
@@ -385,6 +417,8 @@ class UsageLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Transform = Callable[[list[Event]], list[Event]]
+Tap = Callable[[list[Event]], None]
+Share = Callable[[AsyncIterator[list[Event]]], AsyncIterator[list[Event]]]
 
 
 ANONYMOUS = "anonymous"
@@ -436,4 +470,16 @@ class Call:
     """A transform sets it where nothing more may be said; the journey then closes the source."""
     notes: dict[str, str] = field(default_factory=dict)
     """What callers are told of the journey: headers of non-streaming answers, comments at the end of streams."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Headers of the answer, whether it is streamed, whole or a refusal; names in lower case."""
+    cache: bool | None = None
+    """Whether the caller wants the response cache; None leaves it to the server."""
+    cache_control: str = ""
+    """The request's Cache-Control header."""
+    storable: bool = True
+    """A step sets it False where the answer must not be kept: degraded, from a fallback, or cut short."""
+    share: Share | None = None
+    """Set by the cache: the journey hands it the source, and reads what it gives instead."""
+    taps: list[Tap] = field(default_factory=list)
+    """See each batch as it leaves, after the transforms."""
     outcome: Outcome = field(default_factory=Outcome)

@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(128), primary_key=True),
         *_limits(),
         sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("changed", sa.BigInteger, nullable=False, index=True),
     )
     op.create_table(
         "keys",
@@ -36,6 +37,8 @@ def upgrade() -> None:
         sa.Column("created_by", sa.String(160), nullable=False),
         sa.Column("expires_at", sa.Double),
         sa.Column("revoked_at", sa.Double),
+        sa.Column("all_tenants", sa.Boolean, nullable=False),
+        sa.Column("changed", sa.BigInteger, nullable=False, index=True),
     )
     # A secret that a rotation replaced, for its grace period; `keys.digest` is the newest.
     op.create_table(
@@ -44,9 +47,13 @@ def upgrade() -> None:
         sa.Column("key_id", sa.String(40), sa.ForeignKey("keys.id"), nullable=False, index=True),
         sa.Column("ends_at", sa.Double, nullable=False),
     )
-    # One row: a number that every change to keys and tenants raises. API processes watch it.
+    # One row. `version` is raised by every change to keys and tenants, whose `changed` is the version that changed them last: API processes
+    # watch it. `pepper_check` tells whether the digests were made with the pepper at hand.
     changes = op.create_table(
-        "key_changes", sa.Column("id", sa.Integer, primary_key=True), sa.Column("version", sa.BigInteger, nullable=False)
+        "key_changes",
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("version", sa.BigInteger, nullable=False),
+        sa.Column("pepper_check", sa.LargeBinary(32)),
     )
     op.bulk_insert(changes, [{"id": 1, "version": 1}])
     op.create_table(
@@ -72,8 +79,8 @@ def _forbid_changes(table: str) -> None:
             )
         # INSERT OR REPLACE would delete without a word.
         op.execute(
-            f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN EXISTS (SELECT 1 FROM {table} WHERE id = NEW.id) "
-            f"BEGIN SELECT RAISE(ABORT, 'the {table} log is append-only'); END"  # noqa: S608  (our own table's name)
+            f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN EXISTS (SELECT 1 FROM {table} WHERE id = NEW.id) "  # noqa: S608
+            f"BEGIN SELECT RAISE(ABORT, 'the {table} log is append-only'); END"
         )
         return
     op.execute(
