@@ -1,0 +1,139 @@
+"""The ledger in SQL: the table `usage`, on SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, timedelta
+from decimal import Decimal
+from typing import Any, Literal
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from headrace.stores.database import Database
+from headrace.types import UsageGroup, UsageLine, UsageQuery, UsageRow
+
+SECONDS_A_DAY = 86400
+PRICE_UNIT = Decimal(10) ** -12
+"""What a row's price counts, in the currency's unit: a millionth of the smallest price of a million tokens, so prices are whole numbers."""
+_PART = 10**6
+"""Prices are added up in two parts, because SQLite's sums end at 2⁶³."""
+_EPOCH = date(1970, 1, 1)
+
+_metadata = sa.MetaData()
+usage = sa.Table(
+    "usage",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("opened_at", sa.Double),
+    sa.Column("day", sa.Integer),
+    sa.Column("tenant", sa.String),
+    sa.Column("model", sa.String),
+    sa.Column("key", sa.String),
+    sa.Column("choices", sa.Integer),
+    sa.Column("prompt_tokens", sa.BigInteger),
+    sa.Column("cached_tokens", sa.BigInteger),
+    sa.Column("completion_tokens", sa.BigInteger),
+    sa.Column("finish", sa.String),
+    sa.Column("status", sa.String),
+    sa.Column("queue_ms", sa.Double),
+    sa.Column("prefill_ms", sa.Double),
+    sa.Column("decode_ms", sa.Double),
+    sa.Column("settled_at", sa.Double),
+    sa.Column("price", sa.BigInteger),
+    sa.Column("currency", sa.String),
+    sa.Column("writer", sa.String),
+)
+_ROW = [usage.c[name] for name in UsageRow.__struct_fields__]
+
+
+class SqlLedger:
+    """`ports.Ledger` over a `Database`, which is migrated."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        insert = sqlite.insert if database.is_sqlite else postgresql.insert
+        # A row that is there already was settled by a group that came earlier, or is written again after a commit of unknown end.
+        self._open = insert(usage).on_conflict_do_nothing(index_elements=["id"])
+        settle = insert(usage)
+        self._settle = settle.on_conflict_do_update(
+            index_elements=["id"],
+            set_={column.name: settle.excluded[column.name] for column in usage.c if column.name != "id"},
+            where=usage.c.settled_at.is_(None),
+        )
+
+    async def write(self, opened: Sequence[UsageRow], settled: Sequence[UsageRow]) -> None:
+        async with self._database.session() as session:
+            if opened:
+                await session.execute(self._open, [_columns(row) for row in opened])
+            if settled:
+                await session.execute(self._settle, [_columns(row) for row in settled])
+
+    async def open_rows(self, writer: str) -> list[UsageRow]:
+        found = sa.select(*_ROW).where(usage.c.writer == writer, usage.c.settled_at.is_(None)).order_by(usage.c.opened_at, usage.c.id)
+        async with self._database.session(read_only=True) as session:
+            return [UsageRow(**row) for row in (await session.execute(found)).mappings()]
+
+    async def usage(self, query: UsageQuery) -> list[UsageLine]:
+        groups = [usage.c[name] for name in query.group_by]
+        sums = [
+            sa.func.count().label("requests"),
+            *(sa.func.sum(usage.c[name]).label(name) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")),
+            sa.func.count(usage.c.price).label("priced"),
+            # Prices are never negative, so both databases divide towards zero alike.
+            sa.func.sum(sa.type_coerce(usage.c.price.op("/")(_PART), sa.BigInteger)).label("price_high"),
+            sa.func.sum(sa.type_coerce(usage.c.price.op("%")(_PART), sa.BigInteger)).label("price_low"),
+        ]
+        found = sa.select(*groups, usage.c.currency, *sums).where(*_conditions(query))
+        found = found.group_by(*groups, usage.c.currency).order_by(*groups, usage.c.currency)
+        async with self._database.session(read_only=True) as session:
+            return [_line(query.group_by, row) for row in (await session.execute(found)).mappings()]
+
+    async def used(self, subject: Literal["key", "tenant"], name: str, since: float) -> int:
+        tokens = sa.func.coalesce(sa.func.sum(usage.c.prompt_tokens + usage.c.completion_tokens), 0)
+        found = sa.select(tokens).where(usage.c[subject] == name, usage.c.opened_at >= since, usage.c.settled_at.is_not(None))
+        async with self._database.session(read_only=True) as session:
+            return int((await session.execute(found)).scalar_one())
+
+
+def _columns(row: UsageRow) -> dict[str, Any]:
+    columns: dict[str, Any] = msgspec.structs.asdict(row)
+    columns["day"] = int(row.opened_at // SECONDS_A_DAY)
+    return columns
+
+
+def _conditions(query: UsageQuery) -> list[sa.ColumnElement[bool]]:
+    conditions = [usage.c.settled_at.is_not(None)]
+    if query.since is not None:
+        conditions.append(usage.c.opened_at >= query.since)
+    if query.until is not None:
+        conditions.append(usage.c.opened_at < query.until)
+    for name in ("key", "tenant", "model"):
+        wanted = getattr(query, name)
+        if wanted is not None:
+            conditions.append(usage.c[name] == wanted)
+    return conditions
+
+
+def _line(groups: tuple[UsageGroup, ...], row: Any) -> UsageLine:
+    return UsageLine(
+        group={name: day_name(row[name]) if name == "day" else row[name] for name in groups},
+        requests=row["requests"],
+        prompt_tokens=int(row["prompt_tokens"]),
+        cached_tokens=int(row["cached_tokens"]),
+        completion_tokens=int(row["completion_tokens"]),
+        price=money(int(row["price_high"]) * _PART + int(row["price_low"])) if row["priced"] else None,
+        currency=row["currency"],
+    )
+
+
+def day_name(days: int) -> str:
+    """Days since 1970, as `2026-11-21`."""
+    return (_EPOCH + timedelta(days=days)).isoformat()
+
+
+def money(price: int) -> Decimal:
+    """A price in the currency's unit, exact, without zeros at its end."""
+    whole = Decimal(price).scaleb(-12)
+    return whole.quantize(Decimal(1)) if whole == whole.to_integral_value() else whole.normalize()
