@@ -177,6 +177,22 @@ class FilterSection(Section):
     report_filters: bool = Field(False, description="Tell callers what was filtered: X-Headrace-Filter, and a comment in streams")
 
 
+class CacheSection(Section):
+    """Answers kept, to be given again to the same request."""
+
+    response_cache: Literal["on", "off"] = Field(
+        "on", description="Keep answers to deterministic requests (temperature 0, or a seed), and to those that ask for it"
+    )
+    cache_url: str | None = Field(
+        None, min_length=1, description="Second level: sqlite:///FILE, redis://HOST or memory:// (none); default is cache.db in data_dir"
+    )
+    cache_ttl: float = Field(3600.0, gt=0, le=31_536_000, description="Seconds that an answer is kept")
+    cache_memory_mib: float = Field(64.0, gt=0, description="Memory of each API process for answers, in MiB")
+    cache_disk_mib: float = Field(1024.0, gt=0, description="Answers kept on disk, in MiB; Redis has its own limit (maxmemory)")
+    cache_encryption_key: SecretStr | None = Field(None, min_length=16, description="Encrypts answers in the second level")
+    cached_price: float = Field(0.0, ge=0, le=1, description="Fraction of its tokens that an answer from the cache is billed with")
+
+
 class Config(Section):
     """All sections. `Config()` is the default configuration;"""
 
@@ -188,6 +204,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
     filters: FilterSection = FilterSection()
+    cache: CacheSection = CacheSection()
     log: LogSection = LogSection()
 
 

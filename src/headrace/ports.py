@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from headrace.errors import HeadraceError
 from headrace.types import (
     AuditEntry,
+    CacheSize,
+    CacheTags,
     Call,
     EngineCard,
     EngineStats,
@@ -352,6 +354,54 @@ class TellsCached(Protocol):
     """An engine that knows how much of a prompt its prefix cache had before the request's `Report` says so."""
 
     def cached_tokens(self, request_id: str) -> int: ...
+
+
+class Cache(Protocol):
+    """Values under keys for a limited time. Raises `StoreUnavailable`."""
+
+    async def get(self, key: bytes) -> bytes | None:
+        """None where there is nothing, or nothing any more."""
+        ...
+
+    async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        """Keep a value for `ttl` seconds, in place of an older one. A value too large for the store is not kept."""
+        ...
+
+    async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        """Drop what has all of the given tags, or everything; the number of values dropped."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of files and connections. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A cache that knows how full it is. Raises `StoreUnavailable`."""
+
+    async def size(self) -> CacheSize: ...
+
+
+class Answers(Protocol):
+    """The levels of the response cache, as the journey sees them. Nothing here fails or waits long: a broken level has nothing."""
+
+    def recall(self, key: bytes) -> bytes | None:
+        """What this process has in memory."""
+        ...
+
+    async def fetch(self, key: bytes) -> tuple[bytes, str] | None:
+        """What the second level has, with the level's name; it is in memory from then on."""
+        ...
+
+    def keep(self, key: bytes, value: bytes, tags: CacheTags) -> None:
+        """Keep in memory at once, and on the second level soon."""
+        ...
+
+    @property
+    def purges(self) -> int:
+        """Grows with each purge that this process knows of."""
+        ...
 
 
 class Step(Protocol):

@@ -416,6 +416,21 @@ class UsageLine(msgspec.Struct, frozen=True, kw_only=True):
     currency: str
 
 
+class CacheTags(msgspec.Struct, frozen=True):
+    """Whose a cached answer is; what it can be purged by."""
+
+    tenant: str
+    model: str
+    key: str = ""
+    """The id of the key whose request made it; empty for an anonymous caller."""
+
+
+class CacheSize(msgspec.Struct, frozen=True):
+    entries: int
+    bytes: int | None
+    """None where the store doesn't say."""
+
+
 Transform = Callable[[list[Event]], list[Event]]
 Tap = Callable[[list[Event]], None]
 Share = Callable[[AsyncIterator[list[Event]]], AsyncIterator[list[Event]]]
