@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 Hit = tuple[int, int, int]
 """A match: which detector, and how many characters ago it began and ended."""
 
-WORD, DIGIT, ALNUM, NEWLINE, EDGE, MAIL = 1, 2, 4, 8, 16, 32
+WORD, DIGIT, NEWLINE, EDGE, TOKEN, MAIL = 1, 2, 4, 8, 16, 32
 
 THREADS_KEPT = 400_000
 """Matches under way over all states that are remembered; beyond it the states are forgotten and made anew (about 50 MiB)."""
@@ -78,11 +78,13 @@ def bits(character: str) -> int:
     found = 0
     if character.isascii():
         if character.isalnum():
-            found |= WORD | ALNUM | MAIL
+            found |= WORD | TOKEN | MAIL
         if character == "_":
-            found |= WORD | MAIL
+            found |= WORD | TOKEN | MAIL
         if character in ".%+-":
             found |= MAIL
+        if character == "-":
+            found |= TOKEN
         if character.isdigit():
             found |= DIGIT
         if character == "\n":
@@ -108,8 +110,8 @@ def holds(kind: AssertionKind, before: int, after: int) -> bool:
             return not before & DIGIT
         case "digit_after":
             return not after & DIGIT
-        case "alnum_before":
-            return not before & ALNUM
+        case "token_before":
+            return not before & TOKEN
         case "mail_before":
             return not before & MAIL
 

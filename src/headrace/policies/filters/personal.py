@@ -89,22 +89,22 @@ _CN_ID = Personal("cn_id", (r"(?<!\d)[1-9][0-9]{5}(?:19|20)[0-9]{2}[01][0-9][0-3
 
 _WORDY_SECRET = Personal(
     "secret",
-    (r"(?<![[:alnum:]])(?:sk|pk|rk|hr)[-_][A-Za-z0-9_-]{16,256}",),  # OpenAI, Anthropic, Stripe, and this server's own
+    (r"(?<![A-Za-z0-9_-])(?:sk|pk|rk|hr)[-_][A-Za-z0-9_-]{16,256}",),  # OpenAI, Anthropic, Stripe, and this server's own
     random_looking,
 )
 
 _SECRET = Personal(
     "secret",
     (
-        r"(?<![[:alnum:]])(?:AKIA|ASIA)[A-Z2-7]{16}",  # AWS
-        r"(?<![[:alnum:]])gh[pousr]_[A-Za-z0-9]{36,255}",  # GitHub
-        r"(?<![[:alnum:]])github_pat_[A-Za-z0-9_]{22,255}",
-        r"(?<![[:alnum:]])glpat-[A-Za-z0-9_-]{20,64}",  # GitLab
-        r"(?<![[:alnum:]])hf_[A-Za-z0-9]{30,64}",  # Hugging Face
-        r"(?<![[:alnum:]])xox[abeoprs]-[A-Za-z0-9-]{10,128}",  # Slack
-        r"(?<![[:alnum:]])AIza[A-Za-z0-9_-]{35}",  # Google
-        r"(?<![[:alnum:]])pypi-[A-Za-z0-9_-]{40,255}",
-        r"(?<![[:alnum:]])npm_[A-Za-z0-9]{36}",
+        r"(?<![A-Za-z0-9_-])(?:AKIA|ASIA)[A-Z2-7]{16}",  # AWS
+        r"(?<![A-Za-z0-9_-])gh[pousr]_[A-Za-z0-9]{36,255}",  # GitHub
+        r"(?<![A-Za-z0-9_-])github_pat_[A-Za-z0-9_]{22,255}",
+        r"(?<![A-Za-z0-9_-])glpat-[A-Za-z0-9_-]{20,64}",  # GitLab
+        r"(?<![A-Za-z0-9_-])hf_[A-Za-z0-9]{30,64}",  # Hugging Face
+        r"(?<![A-Za-z0-9_-])xox[abeoprs]-[A-Za-z0-9-]{10,128}",  # Slack
+        r"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}",  # Google
+        r"(?<![A-Za-z0-9_-])pypi-[A-Za-z0-9_-]{40,255}",
+        r"(?<![A-Za-z0-9_-])npm_[A-Za-z0-9]{36}",
         # A private key in PEM, also while its end is missing: its lines are long, prose behind it is not.
         r"-----BEGIN (?:[A-Z]{1,12} ){0,2}PRIVATE KEY-----(?:\s{1,4}[A-Za-z0-9+/=]{24,80}){0,64}"
         r"(?:(?:\s{1,4}[A-Za-z0-9+/=]{1,80})?\s{1,4}-----END (?:[A-Z]{1,12} ){0,2}PRIVATE KEY-----)?",

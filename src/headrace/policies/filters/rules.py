@@ -138,7 +138,7 @@ def belongs(source: str) -> Callable[[str], bool]:
     expression = _character(source)
     if _ASCII_CLASS.fullmatch(source):
         return lambda character: character.isascii() and expression.fullmatch(character) is not None
-    # Half of a surrogate pair is no character to RE2, and no pattern's.
+    # Half of a surrogate pair can't be encoded otherwise; RE2 takes it for a character.
     return lambda character: expression.fullmatch(character.encode("utf-8", "surrogatepass")) is not None
 
 

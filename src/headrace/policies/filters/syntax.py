@@ -14,13 +14,13 @@ from typing import Literal
 MAX_DEPTH = 100
 
 AssertionKind = Literal[
-    "begin", "end", "line_begin", "line_end", "word", "no_word", "digit_before", "digit_after", "alnum_before", "mail_before"
+    "begin", "end", "line_begin", "line_end", "word", "no_word", "digit_before", "digit_after", "token_before", "mail_before"
 ]
 
 BOUNDARIES: dict[str, AssertionKind] = {
     r"(?<!\d)": "digit_before",
     r"(?!\d)": "digit_after",
-    r"(?<![[:alnum:]])": "alnum_before",
+    r"(?<![A-Za-z0-9_-])": "token_before",
     r"(?<![A-Za-z0-9._%+-])": "mail_before",
 }
 """The only looks around, for built-in patterns alone: such a character must not stand beside the match."""
