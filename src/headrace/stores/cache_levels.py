@@ -1,0 +1,198 @@
+"""The levels of the response cache: this process's memory, then what all processes share.
+
+Purges reach the other processes through the second level: whoever purges leaves a mark there, a random word, and every process that finds
+a word it doesn't know forgets all that it has in memory. (What wasn't purged comes back from the second level.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from headrace.errors import StoreUnavailable
+from headrace.ports import Cache, Sized
+from headrace.stores.cache_memory import MemoryCache
+from headrace.types import CacheSize, CacheTags
+
+READ_TIMEOUT = 0.25
+"""Seconds that a request waits for the second level."""
+WRITE_TIMEOUT = 5.0
+MOST_WRITES = 64
+"""Writes under way at once; what comes on top is kept in memory only."""
+PAUSE = 2.0
+"""Seconds in which a second level that failed is left alone."""
+LOOK = 0.5
+"""Seconds between two looks for the mark of a purge."""
+
+_MARK = b"headrace purge"
+_OURS = CacheTags("", "")
+_EXPIRY = struct.Struct(">d")
+
+
+@dataclass(slots=True)
+class LevelCounts:
+    """What became of look-ups and writes in this process."""
+
+    memory_hits: int = 0
+    second_hits: int = 0
+    misses: int = 0
+    writes: int = 0
+    writes_dropped: int = 0
+    errors: int = 0
+    """Look-ups and writes that the second level failed, or was too slow for."""
+
+
+class CacheLevels:
+    """`ports.Answers`. `second` is called `name` in headers and figures; values live `ttl` seconds. `clock` is Unix time."""
+
+    def __init__(
+        self, memory: MemoryCache, second: Cache | None = None, *, name: str = "", ttl: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._memory = memory
+        self._second = second
+        self._name = name
+        self._ttl = ttl
+        self._clock = clock
+        self.counts = LevelCounts()
+        self.purges = 0
+        self._mark: bytes | None = None
+        self._rest_until = 0.0
+        self._writing: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self._writes_allowed = asyncio.Semaphore(4)
+
+    def recall(self, key: bytes) -> bytes | None:
+        found = self._memory.recall(key)
+        if found is not None:
+            self.counts.memory_hits += 1
+        return found
+
+    async def fetch(self, key: bytes) -> tuple[bytes, str] | None:
+        if self._second is None or time.monotonic() < self._rest_until:
+            self.counts.misses += 1
+            return None
+        self._watch()
+        purges = self.purges
+        try:
+            async with asyncio.timeout(READ_TIMEOUT):
+                found = await self._second.get(key)
+        except (StoreUnavailable, TimeoutError) as error:
+            self._failed("read", error)
+            found = None
+        if found is None or len(found) < 2 + _EXPIRY.size or (left := _EXPIRY.unpack_from(found)[0] - self._clock()) <= 0:
+            self.counts.misses += 1
+            return None
+        value, tags = _unpacked(found)
+        if purges == self.purges:
+            # Not if it was read before a purge and arrives after.
+            self._memory.keep(key, value, tags, min(left, self._ttl))
+        self.counts.second_hits += 1
+        return value, self._name
+
+    def keep(self, key: bytes, value: bytes, tags: CacheTags) -> None:
+        self._memory.keep(key, value, tags, self._ttl)
+        if self._second is None:
+            return
+        self._watch()
+        if len(self._writing) >= MOST_WRITES or time.monotonic() < self._rest_until:
+            self.counts.writes_dropped += 1
+            return
+        task = asyncio.create_task(self._write(self._second, key, _packed(self._clock() + self._ttl, tags, value), tags))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        """Drop entries on all levels, here at once and in other processes' memory within a second; the number of them.
+
+        Raises `StoreUnavailable` if the second level can't be reached: then nothing is purged but this process's memory.
+        """
+        self.purges += 1
+        dropped = await self._memory.purge(tenant=tenant, model=model, key=key)
+        if self._second is None:
+            return dropped
+        if self._writing:
+            await asyncio.wait(self._writing)
+        dropped = max(dropped, await self._second.purge(tenant=tenant, model=model, key=key))
+        self._mark = os.urandom(16)
+        await self._second.put(_MARK, self._mark, _OURS, self._ttl + 60)
+        return dropped
+
+    async def sizes(self) -> dict[str, CacheSize | None]:
+        """How full each level is; None for one that can't say."""
+        sizes: dict[str, CacheSize | None] = {"memory": await self._memory.size()}
+        if self._second is not None:
+            sizes[self._name] = None
+            if isinstance(self._second, Sized):
+                with contextlib.suppress(StoreUnavailable, TimeoutError):
+                    async with asyncio.timeout(WRITE_TIMEOUT):
+                        sizes[self._name] = await self._second.size()
+        return sizes
+
+    async def close(self) -> None:
+        """Finish what is being written. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+            self._watching = None
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=WRITE_TIMEOUT)
+        if self._second is not None:
+            await self._second.close()
+
+    async def _write(self, second: Cache, key: bytes, value: bytes, tags: CacheTags) -> None:
+        purges = self.purges
+        try:
+            async with self._writes_allowed, asyncio.timeout(WRITE_TIMEOUT):
+                if purges == self.purges:
+                    await second.put(key, value, tags, self._ttl)
+                    self.counts.writes += 1
+        except (StoreUnavailable, TimeoutError) as error:
+            self._failed("write", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.counts.errors += 1
+        if time.monotonic() >= self._rest_until:
+            reason = error.message if isinstance(error, StoreUnavailable) else "too slow"
+            structlog.get_logger("headrace.cache").warning("cache level failed", level=self._name, doing=what, reason=reason)
+        self._rest_until = time.monotonic() + PAUSE
+
+    def _watch(self) -> None:
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._look_for_marks(), name="cache purges")
+
+    async def _look_for_marks(self) -> None:
+        assert self._second is not None
+        first = True
+        while True:
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT):
+                    mark = await self._second.get(_MARK)
+            except (StoreUnavailable, TimeoutError):
+                mark = None
+            if mark is not None and mark != self._mark:
+                self._mark = mark
+                if not first:
+                    self.purges += 1
+                self._memory.clear()
+            first = False
+            await asyncio.sleep(LOOK)
+
+
+def _packed(expires_at: float, tags: CacheTags, value: bytes) -> bytes:
+    words = "\0".join((tags.tenant, tags.model, tags.key)).encode("utf-8", "surrogateescape")
+    return _EXPIRY.pack(expires_at) + len(words).to_bytes(2) + words + value
+
+
+def _unpacked(packed: bytes) -> tuple[bytes, CacheTags]:
+    begin = _EXPIRY.size + 2
+    end = begin + int.from_bytes(packed[_EXPIRY.size : begin])
+    tenant, model, key = packed[begin:end].decode("utf-8", "surrogateescape").split("\0")
+    return packed[end:], CacheTags(tenant, model, key)

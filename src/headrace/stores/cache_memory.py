@@ -1,0 +1,92 @@
+"""The cache in a process's own memory: the least recently used values give way, by bytes."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.types import CacheSize, CacheTags
+
+OVERHEAD = 512
+"""Bytes that an entry takes besides its value, measured as the growth of a process holding many small ones."""
+LARGEST_SHARE = 4
+"""A value over this part of the whole is not kept: it would push out too much else."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    value: bytes
+    tags: CacheTags
+    expires: float
+
+
+class MemoryCache:
+    """`ports.Cache`. `clock` is in seconds and never goes back."""
+
+    def __init__(self, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._bytes = 0
+
+    async def get(self, key: bytes) -> bytes | None:
+        return self.recall(key)
+
+    async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        self.keep(key, value, tags, ttl)
+
+    async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        found = [name for name, entry in self._entries.items() if matches(entry.tags, tenant, model, key)]
+        for name in found:
+            self._drop(name)
+        return len(found)
+
+    async def close(self) -> None:
+        self.clear()
+
+    async def size(self) -> CacheSize:
+        self._expire()
+        return CacheSize(len(self._entries), self._bytes)
+
+    def recall(self, key: bytes) -> bytes | None:
+        """As `get`, at once."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.expires <= self._clock():
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return entry.value
+
+    def keep(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        """As `put`, at once."""
+        if key in self._entries:
+            self._drop(key)
+        size = len(value) + OVERHEAD
+        if size > self._max_bytes // LARGEST_SHARE:
+            return
+        self._entries[key] = _Entry(value, tags, self._clock() + ttl)
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._bytes = 0
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self._bytes -= len(entry.value) + OVERHEAD
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for key in [key for key, entry in self._entries.items() if entry.expires <= now]:
+            self._drop(key)
+
+
+def matches(tags: CacheTags, tenant: str | None, model: str | None, key: str | None) -> bool:
+    """Whether a purge by these words means an entry; None is any."""
+    return (tenant is None or tags.tenant == tenant) and (model is None or tags.model == model) and (key is None or tags.key == key)

@@ -1,0 +1,272 @@
+"""The cache in a SQLite file of its own, which all API processes of a machine share.
+
+SQLAlchemy works in one thread of ours, not over aiosqlite: whatever has been asked for while the thread was busy is done in one go, so
+that a look-up costs one hop to the thread and back (aiosqlite makes one for each of connect, begin, execute, fetch and rollback).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    func,
+    select,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from headrace.errors import StoreUnavailable
+from headrace.types import CacheSize, CacheTags
+
+OVERHEAD = 256
+"""Bytes that a row takes besides its value: the key, the tags, the index."""
+LARGEST_SHARE = 4
+"""A value over this part of the whole is not kept."""
+LOCK_TIMEOUT = 1.0
+"""Seconds to wait for another process's transaction."""
+RECOUNT = 256
+"""Puts between two looks at what other processes have added."""
+ROOM = 0.9
+"""What is left of a cache that has grown too large."""
+USED_STEP = 60.0
+"""Seconds between two notes that a row is being used: each would be a write."""
+
+_metadata = MetaData()
+_answers = Table(
+    "answers_1",  # another number is another form of the table
+    _metadata,
+    Column("key", LargeBinary, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("api_key", String, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("used_at", Float, nullable=False),
+    Index("answers_1_used", "used_at", "size"),
+    Index("answers_1_expires", "expires_at"),
+)
+_find = select(_answers.c.value, _answers.c.expires_at, _answers.c.used_at)
+
+_Work = Callable[[Connection], Any]
+
+
+@dataclass(slots=True)
+class _Asked:
+    work: _Work
+    writes: bool
+    done: asyncio.Future[Any]
+
+
+class SqliteCache:
+    """`ports.Cache` in the file `path` (mode 0600), of about `max_bytes`. Nothing is opened before the first use.
+
+    `clock` is Unix time.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._waiting: list[_Asked] = []
+        self._busy = False
+        self._closed = False
+        # The thread's own:
+        self._connection: Connection | None = None
+        self._engine: Engine | None = None
+        self._bytes = 0
+        self._puts = 0
+        self._used: dict[bytes, float] = {}
+        """Rows that were read, to be noted with the next write: a transaction that begins as a reader may not be let write."""
+
+    async def get(self, key: bytes) -> bytes | None:
+        found: bytes | None = await self._do(lambda connection: self._get(connection, key), writes=False)
+        return found
+
+    async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        if len(value) + OVERHEAD > self._max_bytes // LARGEST_SHARE:
+            await self._do(lambda connection: connection.execute(delete(_answers).where(_answers.c.key == key)))
+            return
+        await self._do(lambda connection: self._put(connection, key, value, tags, ttl))
+
+    async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        dropped: int = await self._do(lambda connection: self._purge(connection, tenant, model, key))
+        return dropped
+
+    async def size(self) -> CacheSize:
+        entries, used = await self._do(self._count, writes=False)
+        return CacheSize(entries, used)
+
+    async def close(self) -> None:
+        """What was asked for before is done first."""
+        if not self._closed:
+            with suppress(StoreUnavailable):
+                await self._do(lambda connection: None, writes=False)
+            self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
+            self._thread.shutdown(wait=False)
+
+    # On the event loop
+
+    async def _do(self, work: _Work, *, writes: bool = True) -> Any:
+        if self._closed:
+            raise StoreUnavailable("The cache is closed.")
+        loop = asyncio.get_running_loop()
+        asked = _Asked(work, writes, loop.create_future())
+        self._waiting.append(asked)
+        if not self._busy:
+            self._start(loop)
+        return await asked.done
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        taken, self._waiting = self._waiting, []
+        self._busy = True
+        self._thread.submit(self._work, taken, loop)
+
+    def _finished(self, results: list[tuple[asyncio.Future[Any], Any]], loop: asyncio.AbstractEventLoop) -> None:
+        self._busy = False
+        if self._waiting:
+            self._start(loop)
+        for future, result in results:
+            if future.done():
+                continue
+            if isinstance(result, StoreUnavailable):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    # In the thread
+
+    def _work(self, taken: list[_Asked], loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            connection = self._connected()
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if any(asked.writes for asked in taken) else "BEGIN")
+            results = [(asked.done, asked.work(connection)) for asked in taken]
+            connection.exec_driver_sql("COMMIT")
+        except (SQLAlchemyError, OSError) as error:
+            self._disconnect()
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            refused = StoreUnavailable(f"The cache {self._path} can't be used: {reason[:300]}")
+            results = [(asked.done, refused) for asked in taken]
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(self._finished, results, loop)
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # For this user alone from its first moment; SQLite gives the files beside it the same mode.
+            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._path.chmod(0o600)
+            url = URL.create("sqlite", database=str(self._path))
+            options = {"timeout": LOCK_TIMEOUT, "isolation_level": None, "check_same_thread": False}
+            self._engine = create_engine(url, poolclass=NullPool, connect_args=options, hide_parameters=True)
+            event.listen(self._engine, "connect", _open)
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                _metadata.create_all(connection)
+                self._bytes = self._count(connection)[1]
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(SQLAlchemyError):
+                connection.invalidate()
+            connection.close()
+        if self._engine is not None:
+            self._engine.dispose()
+
+    def _get(self, connection: Connection, key: bytes) -> bytes | None:
+        row = connection.execute(_find.where(_answers.c.key == key)).first()
+        now = self._clock()
+        if row is None or row.expires_at <= now:
+            return None
+        if now - row.used_at > USED_STEP:
+            self._used[key] = now
+        return bytes(row.value)
+
+    def _put(self, connection: Connection, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        now = self._clock()
+        values = {
+            "value": value,
+            "tenant": tags.tenant,
+            "model": tags.model,
+            "api_key": tags.key,
+            "size": len(value) + OVERHEAD,
+            "expires_at": now + ttl,
+            "used_at": now,
+        }
+        connection.execute(insert(_answers).values(key=key, **values).on_conflict_do_update(index_elements=["key"], set_=values))
+        self._bytes += len(value) + OVERHEAD
+        self._puts += 1
+        for used, at in self._used.items():
+            connection.execute(update(_answers).where(_answers.c.key == used).values(used_at=at))
+        self._used.clear()
+        if self._bytes > self._max_bytes or self._puts % RECOUNT == 0:
+            self._make_room(connection, now)
+
+    def _make_room(self, connection: Connection, now: float) -> None:
+        connection.execute(delete(_answers).where(_answers.c.expires_at <= now))
+        self._bytes = self._count(connection)[1]
+        surplus = self._bytes - int(self._max_bytes * ROOM) if self._bytes > self._max_bytes else 0
+        oldest: list[bytes] = []
+        for row in connection.execute(select(_answers.c.key, _answers.c.size).order_by(_answers.c.used_at)) if surplus > 0 else ():
+            if surplus <= 0:
+                break
+            oldest.append(row.key)
+            surplus -= row.size
+            self._bytes -= row.size
+        for begin in range(0, len(oldest), 500):
+            connection.execute(delete(_answers).where(_answers.c.key.in_(oldest[begin : begin + 500])))
+
+    def _purge(self, connection: Connection, tenant: str | None, model: str | None, key: str | None) -> int:
+        wanted = {_answers.c.tenant: tenant, _answers.c.model: model, _answers.c.api_key: key}
+        conditions = [column == value for column, value in wanted.items() if value is not None]
+        dropped = connection.execute(delete(_answers).where(*conditions)).rowcount
+        self._bytes = self._count(connection)[1]
+        return dropped
+
+    def _count(self, connection: Connection) -> tuple[int, int]:
+        entries, used = connection.execute(select(func.count(), func.coalesce(func.sum(_answers.c.size), 0)).select_from(_answers)).one()
+        return int(entries), int(used)
+
+
+def _open(connection: Any, record: Any) -> None:
+    cursor = connection.cursor()
+    # What the last moments before a power cut added may be lost, which a cache can bear; purged answers are overwritten.
+    for pragma in (
+        "auto_vacuum = FULL",
+        "journal_mode = WAL",
+        "synchronous = NORMAL",
+        "secure_delete = ON",
+        "journal_size_limit = 4194304",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
