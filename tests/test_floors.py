@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
     "children": 2,
     "control": 2,
     "address": 2,
+    "tls": 2,
     "worker": 2,
     "http": 3,
     "console": 3,

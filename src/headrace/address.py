@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from headrace.config import AccessSection, ServerSection
 from headrace.errors import ConfigError
@@ -27,12 +28,18 @@ def bind(server: ServerSection, access: AccessSection) -> socket.socket:
     Raises `ConfigError` if the address is open to others and nothing says who they are, or can't be bound.
     """
     family, address = _resolve(server.host, server.port)
-    if not _is_loopback(address[0]) and not access.api_keys and not access.insecure_no_auth:
-        raise ConfigError(
-            f"{server.host} can be reached from other machines, and no keys are configured, so anyone could use this server. "
-            "Set HEADRACE_API_KEYS to one or more keys, or bind to 127.0.0.1; or, if the network itself keeps strangers out, "
-            "add --insecure-no-auth."
-        )
+    if not _is_loopback(address[0]) and not access.insecure_no_auth:
+        if access.auth == "open":
+            raise ConfigError(
+                f"{server.host} can be reached from other machines, and auth is open, so anyone could use this server. "
+                "Set auth to keys, or bind to 127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
+            )
+        if access.auth is None and not access.api_keys:
+            raise ConfigError(
+                f"{server.host} can be reached from other machines, and no keys are configured, so anyone could use this server. "
+                "Make keys with `headrace keys create` and add --auth keys, or set HEADRACE_API_KEYS to one or more keys, or bind to "
+                "127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
+            )
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -47,6 +54,13 @@ def bind(server: ServerSection, access: AccessSection) -> socket.socket:
     return bound
 
 
+def auth_at(bound: socket.socket, access: AccessSection) -> Literal["open", "keys"]:
+    """Whether callers at this address need keys: as configured, or else not on loopback, and beyond it unless that was waived."""
+    if access.auth is not None:
+        return access.auth
+    return "open" if _is_loopback(bound.getsockname()[0]) or access.insecure_no_auth else "keys"
+
+
 def cannot_bind(server: ServerSection, error: OSError) -> ConfigError:
     """What to do about an address that can't be had."""
     where = f"{server.host}:{server.port}"
@@ -59,12 +73,13 @@ def cannot_bind(server: ServerSection, error: OSError) -> ConfigError:
     return ConfigError(f"{where} can't be bound: {error.strerror or error}.")
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, *, tls: bool = False) -> str:
     """Where a browser on this machine would find it."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def private_folder() -> Path:

@@ -24,12 +24,17 @@ from headrace import logs
 from headrace.control import Alive, AskProcesses, Beginning, Drain, EngineChanged, Processes, ToChild, begin
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
-from headrace.errors import EngineUnavailable, HeadraceError
+from headrace.errors import ConfigError, EngineUnavailable, HeadraceError
 from headrace.http.api import create_api
 from headrace.journey import Journey
 from headrace.models.template import load_template
 from headrace.models.tokenizer import load_tokenizer
+from headrace.policies.callers import Callers
+from headrace.policies.key_desk import KeyDesk
 from headrace.served import ServedModel, ServedModels
+from headrace.stores.opening import open_stores
+from headrace.stores.sql_keys import SqlKeys
+from headrace.tls import ServerTls
 from headrace.types import EngineCard, EngineStatus, ModelFiles
 
 FAREWELL = 2.0
@@ -37,6 +42,8 @@ FAREWELL = 2.0
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open; longer than clients' pools keep theirs, so that none closes under a request."""
 PS_TIMEOUT = 2.0
+CERTIFICATE_INTERVAL = 1.0
+"""Seconds between looks at the certificate's files."""
 
 
 def main() -> None:
@@ -121,6 +128,8 @@ class ApiServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self.background: list[asyncio.Task[None]] = []
+        """Held here: the loop itself keeps only weak references."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -138,6 +147,8 @@ async def _run(beginning: Beginning) -> None:
     try:
         for files, path in zip(setup.models, setup.sockets, strict=True):
             models[files.name] = _serve_model(files, path, link)
+        database, pepper = open_stores(config.store)
+        tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
         structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)
         await _connect(link, beginning)
@@ -147,21 +158,34 @@ async def _run(beginning: Beginning) -> None:
     for _, client in models.values():
         client.connect()
     served = ServedModels([model for model, _ in models.values()])
-    app = create_api(config, served, Journey.standard(config, served), control=link)
-    server = link.server = ApiServer(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=True,
-            timeout_keep_alive=KEEP_ALIVE,
-        )
+    keys = SqlKeys(database)
+    callers = Callers(config.access, keys, pepper)
+    app = create_api(
+        config,
+        served,
+        Journey.standard(config, served, callers=callers),
+        control=link,
+        callers=callers,
+        desk=KeyDesk(keys, keys, pepper),
     )
+    uvicorn_config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=True,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
+    if tls is not None:
+        uvicorn_config.load()
+        uvicorn_config.ssl = tls.context
+    server = link.server = ApiServer(uvicorn_config)
+    if tls is not None:
+        server.background.append(asyncio.create_task(_watch_certificate(tls), name="certificate"))
     await _connect(link, beginning)
     serving = asyncio.create_task(server.serve(sockets=[beginning.listening]))
     await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
@@ -172,6 +196,21 @@ async def _run(beginning: Beginning) -> None:
     for _, client in models.values():
         await client.close()
     os._exit(0)
+
+
+async def _watch_certificate(tls: ServerTls) -> None:
+    log = structlog.get_logger("headrace.tls")
+    said = ""
+    while True:
+        await asyncio.sleep(CERTIFICATE_INTERVAL)
+        try:
+            if await asyncio.to_thread(tls.reload):
+                log.info("certificate read again")
+            said = ""
+        except ConfigError as error:
+            if error.message != said:
+                log.warning("the old certificate goes on", reason=error.message)
+            said = error.message
 
 
 def _serve_model(files: ModelFiles, path: str, link: SupervisorLink) -> tuple[ServedModel, EngineClient]:

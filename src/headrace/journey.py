@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from hashlib import sha256
 
 from headrace.config import Config
+from headrace.policies.authorize import Authorize
+from headrace.policies.cache import ResponseCache
+from headrace.policies.callers import Callers
 from headrace.policies.identify import Identify
 from headrace.policies.prepare import Prepare
-from headrace.ports import Step
+from headrace.ports import Answers, Step
 from headrace.served import ServedModels
 from headrace.types import Call, Event
 
@@ -24,9 +28,13 @@ class Journey:
         self._models = models
 
     @classmethod
-    def standard(cls, config: Config, models: ServedModels) -> Journey:
-        """The steps that a configuration asks for."""
-        return cls((Identify(config.access), Prepare(models, config.server)), models)
+    def standard(cls, config: Config, models: ServedModels, *, callers: Callers | None = None, answers: Answers | None = None) -> Journey:
+        """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept."""
+        steps: list[Step] = [Identify(callers or Callers(config.access)), Authorize(models), Prepare(models, config.server)]
+        if answers is not None:
+            filters = sha256(config.filters.model_dump_json().encode()).digest()
+            steps.append(ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters))
+        return cls(steps, models)
 
     async def run(self, call: Call) -> AsyncGenerator[list[Event]]:
         """Event batches of one call. Close the generator (`contextlib.aclosing`) to hang up.
@@ -39,12 +47,16 @@ class Journey:
                 for step in self._steps:
                     await stack.enter_async_context(step(call))
                 source = self._source(call)
+                if call.share is not None:
+                    source = call.share(source)
                 stack.push_async_callback(_close, source)
                 async for batch in source:
                     for transform in call.transforms:
                         batch = transform(batch)
                     if batch:
                         call.outcome.note(batch)
+                        for tap in call.taps:
+                            tap(batch)
                         yield batch
                     if call.ended:
                         break
@@ -61,5 +73,6 @@ class Journey:
 
 
 async def _close(source: AsyncIterator[list[Event]]) -> None:
-    if isinstance(source, AsyncGenerator):
-        await source.aclose()
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        await close()

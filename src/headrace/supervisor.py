@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,11 +21,13 @@ from typing import Any
 import structlog
 
 from headrace import __version__, logs
-from headrace.address import ENGINE_SOCKET, bind, cannot_bind, listen_privately, private_folder, url_of
+from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
 from headrace.children import Child, listing, memory_mib
 from headrace.config import Config
 from headrace.control import AskProcesses, Drain, EngineChanged, Processes, Setup, Stop, ToSupervisor, config_to_json
 from headrace.models.resolve import resolve
+from headrace.stores.opening import prepare_stores
+from headrace.tls import check_tls
 from headrace.types import ModelFiles
 
 END_TIMEOUT = 3.0
@@ -36,16 +39,21 @@ def serve(config: Config) -> int:
     started_at = time.monotonic()
     logs.configure(config.log, "supervisor")
     with bind(config.server, config.access) as bound:
+        config = config.model_copy(update={"access": config.access.model_copy(update={"auth": auth_at(bound, config.access)})})
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            files = resolve(config.model)
+            with ThreadPoolExecutor(1) as aside:
+                prepared = aside.submit(asyncio.run, prepare_stores(config.store))
+                tls = check_tls(config.tls)
+                files = resolve(config.model)
+                prepared.result()
         except KeyboardInterrupt as interrupt:
             return 0 if interrupt.args else 130
         finally:
             signal.signal(signal.SIGTERM, before)
         folder = private_folder()
         try:
-            return asyncio.run(Supervisor(config, files, bound, folder, started_at).run())
+            return asyncio.run(Supervisor(config, files, bound, folder, started_at, tls=tls).run())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -57,10 +65,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 class Supervisor:
     """The children of one server: an engine worker, and API processes that share it."""
 
-    def __init__(self, config: Config, files: ModelFiles, bound: socket.socket, folder: Path, started_at: float) -> None:
+    def __init__(
+        self, config: Config, files: ModelFiles, bound: socket.socket, folder: Path, started_at: float, *, tls: bool = False
+    ) -> None:
         self._config = config
         self._files = files
         self._bound = bound
+        self._tls = tls
         self._started_at = started_at
         self._socket = folder / ENGINE_SOCKET
         self._engine_listening = listen_privately(self._socket)
@@ -142,7 +153,7 @@ class Supervisor:
     async def _announce(self) -> None:
         for child in (self._worker, *self._apis):
             await child.started.wait()
-        url = url_of(self._bound)
+        url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
         name = self._files.aliases[0] if self._files.aliases else self._files.name
         if sys.stderr.isatty():

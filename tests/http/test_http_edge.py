@@ -240,14 +240,14 @@ async def ps_status(made: Stand, address: str, **headers: str) -> int:
         return (await http.get("/admin/ps", headers=headers)).status_code
 
 
-async def test_the_process_list_is_for_this_machine_only() -> None:
+async def test_the_process_list_needs_a_key_from_other_machines() -> None:
     made = stand(trusted_proxies=("127.0.0.0/8", "203.0.113.0/24"))
     assert await ps_status(made, "127.0.0.1") == 200
     assert await ps_status(made, "::1") == 200
-    assert await ps_status(made, "203.0.113.1") == 403
-    assert await ps_status(made, "127.0.0.1", **{"X-Forwarded-For": "127.0.0.1"}) == 403
-    assert await ps_status(made, "203.0.113.1", **{"X-Forwarded-For": "127.0.0.1"}) == 403
-    assert await ps_status(made, "127.0.0.1", Forwarded="for=127.0.0.1") == 403
+    assert await ps_status(made, "203.0.113.1") == 401
+    assert await ps_status(made, "127.0.0.1", **{"X-Forwarded-For": "127.0.0.1"}) == 401
+    assert await ps_status(made, "203.0.113.1", **{"X-Forwarded-For": "127.0.0.1"}) == 401
+    assert await ps_status(made, "127.0.0.1", Forwarded="for=127.0.0.1") == 401
 
 
 async def test_cors_is_by_configuration() -> None:

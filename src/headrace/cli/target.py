@@ -25,6 +25,8 @@ class Target:
     root: str
     """Scheme, address and path, without a slash or `/v1` at the end."""
     key: str | None = None
+    own_certificate: Path | None = None
+    """Of the configured server on this machine; nothing else is trusted in its place."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -47,7 +49,10 @@ class Target:
         """A client for this server; a proxy from the environment is for others than this machine."""
         import httpx
 
-        return httpx.Client(headers=self.headers, timeout=httpx.Timeout(timeout, connect=10), trust_env=not self.is_local)
+        from headrace.tls import trust_own
+
+        verify = trust_own(self.own_certificate) if self.own_certificate is not None else True
+        return httpx.Client(verify=verify, headers=self.headers, timeout=httpx.Timeout(timeout, connect=10), trust_env=not self.is_local)
 
 
 def target(url: str | None, key: str | None, config: Path | None = None) -> Target:
@@ -64,7 +69,7 @@ def target(url: str | None, key: str | None, config: Path | None = None) -> Targ
     if loaded.server.port == 0:
         raise ConfigError("The configured port is 0, any free one; say with --url where the server is.")
     keys = loaded.access.api_keys
-    return Target(local_root(loaded), key or (keys[0].get_secret_value() if keys else None))
+    return Target(local_root(loaded), key or (keys[0].get_secret_value() if keys else None), loaded.tls.tls_cert)
 
 
 def local_root(config: Config) -> str:
@@ -78,4 +83,5 @@ def local_root(config: Config) -> str:
             host = f"[{host}]"
     except ValueError:
         pass
-    return f"http://{host}:{config.server.port}"
+    scheme = "http" if config.tls.tls_cert is None else "https"
+    return f"{scheme}://{host}:{config.server.port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,11 +15,13 @@ from starlette.types import Receive, Scope, Send
 from headrace import __version__
 from headrace.config import Config
 from headrace.http.admin import Admin
+from headrace.http.admin_keys import AdminKeys
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
 from headrace.http.docs import JSON_OBJECT, JSON_OR_STREAM, OPENAI_ERROR, STREAM, document, takes
 from headrace.http.edge import Edge
 from headrace.http.exchange import exchange_of
+from headrace.http.gate import Gate
 from headrace.http.health import HealthRoutes
 from headrace.http.metrics import Metrics
 from headrace.http.native import NativeChat
@@ -30,7 +33,10 @@ from headrace.http.problems import routing_answer
 from headrace.http.route import Endpoint, ExactRoutes, Route
 from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
+from headrace.policies.callers import Callers
+from headrace.policies.key_desk import KeyDesk
 from headrace.served import ServedModels
+from headrace.stores.memory_keys import MemoryKeys
 
 _REFUSED: dict[int | str, Any] = {
     400: {"model": NativeError, "description": "The request can't be served as it is"},
@@ -39,14 +45,26 @@ _REFUSED: dict[int | str, Any] = {
     503: {"model": NativeError, "description": "Not now"},
 }
 _UNAUTHORIZED: dict[int | str, Any] = {401: {"model": NativeError, "description": "No key, or one that the server doesn't know"}}
+_SECURED: dict[str, Any] = {"security": [{"bearer": []}]}
 _OPENAI: dict[int | str, Any] = {400: OPENAI_ERROR, 404: OPENAI_ERROR}
 
 
-def create_api(config: Config, models: ServedModels, journey: Runs, *, control: Control) -> FastAPI:
-    """The application that one API process serves.
+def create_api(
+    config: Config,
+    models: ServedModels,
+    journey: Runs,
+    *,
+    control: Control,
+    callers: Callers | None = None,
+    desk: KeyDesk | None = None,
+) -> FastAPI:
+    """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
     Serve it with `uvicorn.Config(proxy_headers=False, access_log=False)`: it works out addresses and logs requests by itself.
     """
+    if callers is None or desk is None:
+        keys, pepper = MemoryKeys(), secrets.token_bytes(32)
+        callers, desk = Callers(config.access, keys, pepper), KeyDesk(keys, keys, pepper)
     serving = Serving(config, models, journey, control)
     metrics = Metrics(models)
     app = FastAPI(
@@ -60,7 +78,7 @@ def create_api(config: Config, models: ServedModels, journey: Runs, *, control: 
         # A redirect would be to the address in the Host header, which anyone can write.
         redirect_slashes=False,
     )
-    _add_routes(app, serving, metrics)
+    _add_routes(app, serving, metrics, callers, desk)
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
@@ -79,7 +97,7 @@ def create_api(config: Config, models: ServedModels, journey: Runs, *, control: 
     return app
 
 
-def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
+def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk) -> None:
     body_limit = int(serving.config.server.max_body_mib * 1048576)
     openai_chat = ChatCompletions(serving, body_limit)
     openai_completions = Completions(serving, body_limit)
@@ -88,8 +106,13 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     tokens = Tokens(serving, body_limit)
     health = HealthRoutes(serving)
     admin = Admin(serving)
+    keys = AdminKeys(desk, body_limit)
 
-    def add(method: str, path: str, endpoint: Endpoint, tag: str, **documented: Any) -> None:
+    inference = Gate(callers, "inference")
+    usage = Gate(callers, "usage")
+    administration = Gate(callers, "admin", always=True)
+
+    def add(method: str, path: str, endpoint: Endpoint, tag: str, *, gate: Gate | None = inference, **documented: Any) -> None:
         app.router.add_api_route(
             path,
             endpoint,
@@ -99,6 +122,9 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             route_class_override=Route,
             **documented,
         )
+        made = app.router.routes[-1]
+        assert isinstance(made, Route)
+        made.gate = gate
 
     # The busiest come first: routes are tried in order.
     add("POST", "/v1/chat/completions", openai_chat.create, "OpenAI", name="chat_completions",
@@ -111,8 +137,8 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         openapi_extra=takes("ChatQuestion"), responses={200: STREAM, **_REFUSED})  # fmt: skip
     add("POST", "/chat/batch", chat.batch, "Chat",
         openapi_extra=takes("ChatQuestion", many=True), responses={200: {"model": BatchReply}, **_REFUSED})  # fmt: skip
-    add("POST", "/chat/secure", chat.secure, "Chat",
-        openapi_extra=takes("ChatQuestion") | {"security": [{"bearer": []}]},
+    add("POST", "/chat/secure", chat.secure, "Chat", gate=Gate(callers, "inference", always=True),
+        openapi_extra=takes("ChatQuestion") | _SECURED,
         responses={200: {"model": ChatReply}, **_REFUSED, **_UNAUTHORIZED})  # fmt: skip
     add("POST", "/tokenize", tokens.tokenize, "Tokens",
         openapi_extra=takes("TokenizeQuestion"), responses={200: {"model": TokenizeReply}, **_REFUSED})  # fmt: skip
@@ -120,12 +146,26 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         openapi_extra=takes("DetokenizeQuestion"), responses={200: {"model": DetokenizeReply}, **_REFUSED})  # fmt: skip
     add("GET", "/v1/models", openai_models.list, "OpenAI", name="models", responses={200: JSON_OBJECT})
     add("GET", "/v1/models/{model:path}", openai_models.retrieve, "OpenAI", name="model", responses={200: JSON_OBJECT, 404: OPENAI_ERROR})
-    add("GET", "/health", health.health, "Health")
-    add("GET", "/health/live", health.live, "Health")
-    add("GET", "/health/ready", health.ready, "Health")
-    add("GET", "/health/startup", health.startup, "Health")
-    add("GET", "/metrics", metrics.scrape, "Health", name="metrics")
-    add("GET", "/admin/ps", admin.ps, "Health", name="ps", include_in_schema=False)
+    add("GET", "/health", health.health, "Health", gate=None)
+    add("GET", "/health/live", health.live, "Health", gate=None)
+    add("GET", "/health/ready", health.ready, "Health", gate=None)
+    add("GET", "/health/startup", health.startup, "Health", gate=None)
+    add("GET", "/metrics", metrics.scrape, "Health", gate=usage, name="metrics")
+    add("GET", "/admin/ps", admin.ps, "Health", gate=Gate(callers, "admin", always=True, local=True), name="ps", include_in_schema=False)
+    for method, path, endpoint in (
+        ("GET", "/admin/keys", keys.list),
+        ("POST", "/admin/keys", keys.create),
+        ("GET", "/admin/keys/{id}", keys.show),
+        ("DELETE", "/admin/keys/{id}", keys.revoke),
+        ("POST", "/admin/keys/{id}/revoke", keys.revoke),
+        ("POST", "/admin/keys/{id}/rotate", keys.rotate),
+        ("GET", "/admin/tenants", keys.tenants),
+        ("POST", "/admin/tenants", keys.create_tenant),
+        ("GET", "/admin/tenants/{name}", keys.tenant),
+        ("PATCH", "/admin/tenants/{name}", keys.set_tenant),
+        ("GET", "/admin/audit", keys.audit),
+    ):
+        add(method, path, endpoint, "Administration", gate=administration, openapi_extra=_SECURED)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

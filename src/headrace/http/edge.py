@@ -13,10 +13,26 @@ from headrace.http.client_address import TrustedProxies
 from headrace.http.exchange import Exchange, open_exchange
 from headrace.http.metrics import Metrics, model_of
 from headrace.http.problems import problem_answer, unexpected
+from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.served import ServedModels
 
 CLIENT_HUNG_UP = 499
 """What the log and the counters say where nobody was left to answer; nginx's word for it."""
+
+
+def journey_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
+    """What the steps of the journey say in headers, over all calls of the request.
+
+    Where calls say different things the last one counts; but the answer is from the cache only if all of its parts are.
+    """
+    if not exchange.calls:
+        return []
+    said: dict[str, str] = {}
+    for call in exchange.calls:
+        said.update(call.headers)
+    uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
+    said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"
+    return [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in said.items()]
 
 
 class Edge:
@@ -49,7 +65,7 @@ class Edge:
         async def send_with_ours(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *ours]
+                message["headers"] = [*message.get("headers", ()), *ours, *journey_headers(exchange)]
             await send(message)
 
         self._metrics.opened()
@@ -87,6 +103,8 @@ class Edge:
             code = getattr(error, "code", None)
             if code is not None:
                 said["error"] = code
+        elif exchange.caller is not None and exchange.caller.key is not None:
+            said["key"] = exchange.caller.key.id
         if exchange.client_id is not None:
             said["client_request_id"] = exchange.client_id
         if exchange.gone:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from headrace.http.client_address import TrustedProxies
-from headrace.types import Call
+from headrace.types import Call, Caller
 
 if TYPE_CHECKING:
     from starlette.types import Scope, Send
@@ -31,6 +31,7 @@ class Exchange:
     """The bearer token as sent, never logged."""
     client_id: str | None = None
     content_type: bytes = b""
+    cache_control: str = ""
     content_length: int | None = None
     """As announced; None where nothing was, or nonsense."""
     openai: bool = False
@@ -43,6 +44,8 @@ class Exchange:
     """The client hung up first."""
     send: Send | None = None
     """The server's own `send`. Once an answer has begun the pieces of its body need no layer of ours."""
+    caller: Caller | None = None
+    """Who the route's gate let in; None on routes without a gate."""
     calls: list[Call] = field(default_factory=list)
     started_at: float = field(default_factory=time.monotonic)
 
@@ -77,6 +80,9 @@ def open_exchange(scope: Scope, proxies: TrustedProxies) -> Exchange:
             exchange.content_length = int(value) if value.isdigit() and len(value) < 19 else None
         elif name == b"x-client-request-id":
             exchange.client_id = printable(value)
+        elif name == b"cache-control":
+            said = value.decode("latin-1")
+            exchange.cache_control = f"{exchange.cache_control},{said}" if exchange.cache_control else said
         elif name in _FORWARDING:
             exchange.forwarded = True
             if name == b"x-forwarded-for":

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from headrace.http.answers import Answer, Whole
 from headrace.http.exchange import Exchange
+from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.served import ServedModel, ServedModels
 
 if TYPE_CHECKING:
@@ -82,6 +83,13 @@ class Metrics:
             registry=into,
         )
         self.queue = Histogram("headrace_queue_seconds", "Time in the engine's queue", ["model"], buckets=_QUEUE_BUCKETS, registry=into)
+        self.kept = Counter(
+            "headrace_response_cache",
+            "Requests by what the response cache had: the level, shared (under way for another request), miss or off",
+            ["model", "result"],
+            registry=into,
+        )
+        self._kept = lru_cache(maxsize=256)(self.kept.labels)
         self._request = lru_cache(maxsize=1024)(self.requests.labels)
         self._seconds = lru_cache(maxsize=256)(self.seconds.labels)
         self._model = lru_cache(maxsize=256)(lambda model: _ModelMeters(self, model))
@@ -101,12 +109,19 @@ class Metrics:
                 continue
             meters = self._model(self._models.find(call.served_model).public_name)
             outcome = call.outcome
-            if outcome.prompt_tokens:
-                meters.prompt.inc(outcome.prompt_tokens)
+            kept = outcome.cache_level or ("shared" if outcome.served_from == "shared" else call.headers.get(CACHE_HEADER, "off"))
+            self._kept(self._models.find(call.served_model).public_name, kept).inc()
+            # Of a shared generation each of its calls counts its own part.
+            prompt = outcome.prompt_tokens if outcome.own_prompt_tokens is None else outcome.own_prompt_tokens
+            completion = outcome.completion_tokens if outcome.own_completion_tokens is None else outcome.own_completion_tokens
+            if prompt:
+                meters.prompt.inc(prompt)
+            if completion:
+                meters.completion.inc(completion)
+            if outcome.served_from != "engine":
+                continue
             if outcome.cached_tokens:
                 meters.cached.inc(outcome.cached_tokens)
-            if outcome.completion_tokens:
-                meters.completion.inc(outcome.completion_tokens)
             if outcome.report is not None:
                 meters.queue.observe(outcome.report.queue_ms / 1000)
             if outcome.first_token_at is not None:

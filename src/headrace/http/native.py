@@ -9,7 +9,7 @@ import msgspec
 import structlog
 from starlette.requests import Request
 
-from headrace.errors import HeadraceError, Unauthorized
+from headrace.errors import HeadraceError
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import decode_json, read_body
 from headrace.http.collect import collect, finish_for_clients, timing, timing_headers
@@ -34,9 +34,7 @@ class NativeChat:
         return await self._answer(request, key_required=False)
 
     async def secure(self, request: Request) -> Answer:
-        """As `/chat`, for callers with one of the configured keys."""
-        if exchange_of(request.scope).token is None:
-            raise Unauthorized("This route needs a key: send it as `Authorization: Bearer KEY`.")
+        """As `/chat`, for callers with a key."""
         return await self._answer(request, key_required=True)
 
     async def stream(self, request: Request) -> Answer:
@@ -99,6 +97,7 @@ class NativeChat:
             model=question.model,
             messages=question.messages(),
             stream=stream,
+            cache=question.cache,
             key_required=key_required,
         )
 

@@ -76,6 +76,7 @@ class ChatQuestion(_Wire):
         None, description="Texts that end the answer"
     )
     system: Text | None = Field(None, description="Becomes the first message, with the role system")
+    cache: bool | None = Field(None, description="Keep this answer and give it again, even if it is a random one; false: never")
 
     def sampling(self) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -40,7 +40,7 @@ class ChatCompletions:
         messages = conversation(asked.messages)
         sampling = _sampling(asked, self._serving.models.find(asked.model))
         streams = bool(asked.stream)
-        call = self._serving.call(exchange, sampling, model=asked.model, messages=messages, stream=streams)
+        call = self._serving.call(exchange, sampling, model=asked.model, messages=messages, stream=streams, cache=asked.cache)
         calls = (call,)
         if streams:
             include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)

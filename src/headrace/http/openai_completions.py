@@ -66,7 +66,8 @@ class Completions:
 
     def _call(self, exchange: Exchange, asked: CompletionRequest, sampling: Sampling, prompt: str | list[int]) -> Call:
         text, tokens = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        return self._serving.call(exchange, sampling, model=asked.model, text=text, tokens=tokens, stream=bool(asked.stream))
+        streams = bool(asked.stream)
+        return self._serving.call(exchange, sampling, model=asked.model, text=text, tokens=tokens, stream=streams, cache=asked.cache)
 
     async def _choices(self, call: Call, writer: Continuations) -> list[dict[str, Any]]:
         collected = await collect(self._serving.journey, call)

@@ -7,7 +7,9 @@ from typing import Any
 from starlette.requests import Request
 
 from headrace.http.answers import Answer, json_answer
+from headrace.http.exchange import exchange_of
 from headrace.http.serving import Serving
+from headrace.policies.authorize import may_use
 from headrace.served import ServedModel
 
 
@@ -16,14 +18,16 @@ class Models:
         self._serving = serving
 
     async def list(self, request: Request) -> Answer:
-        """The models served here, under every name they have."""
-        data = [_entry(served, name) for served in self._serving.models for name in served.names]
+        """The models served here that the caller may use, under every name they have."""
+        caller = exchange_of(request.scope).caller
+        key = caller.key if caller is not None else None
+        data = [_entry(served, name) for served in self._serving.models if may_use(key, served) for name in served.names]
         return json_answer({"object": "list", "data": data})
 
     async def retrieve(self, request: Request) -> Answer:
         """One model."""
         name: str = request.path_params["model"]
-        return json_answer(_entry(self._serving.models.find(name), name))
+        return json_answer(_entry(self._serving.find(exchange_of(request.scope), name), name))
 
 
 def _entry(served: ServedModel, name: str) -> dict[str, Any]:

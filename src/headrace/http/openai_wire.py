@@ -55,6 +55,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Annotated[TokenCount, Meta(description="Cut to what the context leaves; above 1,000,000 it is refused")] | None = None
     ignore_eos: Annotated[bool, Meta(description="Ours, not OpenAI's")] | None = None
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
+    cache: Annotated[bool, Meta(description="Ours, not OpenAI's. Keep this answer, even a random one; false: never")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.errors import HeadraceError
 from headrace.http.answers import Answer
 from headrace.http.exchange import exchange_of
+from headrace.http.gate import Gate
 from headrace.http.hangup import ClientGone
 from headrace.http.problems import problem_answer, routing_answer, unexpected
 
@@ -20,7 +21,12 @@ Endpoint = Callable[[Request], Awaitable[Answer]]
 
 
 class Route(APIRoute):
-    """The endpoint takes the request and returns an answer; its errors are told in the route's dialect."""
+    """The endpoint takes the request and returns an answer; its errors are told in the route's dialect.
+
+    Nobody passes a route whose `gate` was never set; None is for routes that are open to all.
+    """
+
+    gate: Gate | None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = exchange_of(scope)
@@ -32,6 +38,8 @@ class Route(APIRoute):
             return
         endpoint = cast(Endpoint, self.endpoint)
         try:
+            if self.gate is not None:
+                await self.gate.admit(exchange, scope)
             answer = await endpoint(Request(scope, receive))
             await answer(scope, receive, send)
             return
@@ -55,11 +63,20 @@ class ExactRoutes:
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
         self._app = app
-        self._routes = {route.path: route for route in routes if not route.param_convertors}
+        self._routes: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            if not route.param_convertors:
+                self._routes.setdefault(route.path, {}).update(dict.fromkeys(route.methods or (), route))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" and not scope.get("root_path") else None
-        if route is None:
+        methods = self._routes.get(scope["path"]) if scope["type"] == "http" and not scope.get("root_path") else None
+        if methods is None:
             await self._app(scope, receive, send)
-        else:
-            await route.handle(scope, receive, send)
+            return
+        route = methods.get(scope["method"])
+        if route is None:
+            exchange = exchange_of(scope)
+            exchange.route = scope["path"]
+            await routing_answer(405, openai=exchange.openai, path=scope["path"], allow=", ".join(sorted(methods)))(scope, receive, send)
+            return
+        await route.handle(scope, receive, send)

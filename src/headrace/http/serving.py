@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from headrace.config import Config
 from headrace.errors import Overloaded
 from headrace.http.exchange import Exchange
+from headrace.policies.authorize import find_for
+from headrace.policies.identify import introduce
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Event, Message, Sampling
 
@@ -58,6 +60,7 @@ class Serving:
         text: str | None = None,
         tokens: list[int] | None = None,
         stream: bool = False,
+        cache: bool | None = None,
         key_required: bool = False,
     ) -> Call:
         """A new call of this exchange. Raises `Overloaded` while the server drains."""
@@ -73,14 +76,22 @@ class Serving:
             text=text,
             tokens=tokens,
             stream=stream,
+            cache=cache,
+            cache_control=exchange.cache_control,
             token=exchange.token,
             address=exchange.address,
             key_required=key_required,
             started_at=exchange.started_at,
         )
+        if exchange.caller is not None:
+            introduce(made, exchange.caller)
         exchange.calls.append(made)
         return made
 
     def served(self, call: Call) -> ServedModel:
         """The model that answers a call: the one the journey chose, or else the one asked for."""
         return self.models.find(call.served_model or call.model)
+
+    def find(self, exchange: Exchange, name: str | None) -> ServedModel:
+        """The model of that name, for a route without a call. Raises `ModelNotFound`, and `Forbidden` where the key isn't for it."""
+        return find_for(exchange.caller.key if exchange.caller is not None else None, self.models, name)

@@ -34,11 +34,12 @@ class Tokens:
 
         What is written in the text never becomes a control token.
         """
-        body = await read_body(exchange_of(request.scope), request.receive, self._body_limit)
+        exchange = exchange_of(request.scope)
+        body = await read_body(exchange, request.receive, self._body_limit)
         asked = validated(TokenizeQuestion, decode_json(body))
         if (asked.text is None) == (asked.messages is None):
             raise InvalidBody([Fault(("text",), "Send one of `text` and `messages`", "value_error")])
-        served = self._serving.models.find(asked.model)
+        served = self._serving.find(exchange, asked.model)
         _words(served)
         messages = tuple(Message(role=turn.role, content=turn.content) for turn in asked.messages or ())
         size = len(asked.text or "") + sum(len(message.content) for message in messages)
@@ -54,9 +55,10 @@ class Tokens:
 
     async def detokenize(self, request: Request) -> Answer:
         """The text that token ids stand for; control tokens are shown by name."""
-        body = await read_body(exchange_of(request.scope), request.receive, self._body_limit)
+        exchange = exchange_of(request.scope)
+        body = await read_body(exchange, request.receive, self._body_limit)
         asked = validated(DetokenizeQuestion, decode_json(body))
-        tokenizer = _words(self._serving.models.find(asked.model))
+        tokenizer = _words(self._serving.find(exchange, asked.model))
         if len(asked.tokens) > INLINE_CHARACTERS:
             async with self._long:
                 text = await asyncio.to_thread(tokenizer.decode, asked.tokens)

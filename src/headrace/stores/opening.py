@@ -1,0 +1,33 @@
+"""Opens the database that a configuration names; whoever starts first makes it, and brings it up to date."""
+
+from __future__ import annotations
+
+from headrace.config import StoreSection
+from headrace.errors import ConfigError
+from headrace.stores.data_dir import database_url, load_pepper, pepper_check, prepare_data_dir
+from headrace.stores.database import Database
+from headrace.stores.sql_keys import SqlKeys
+
+
+async def prepare_stores(store: StoreSection) -> None:
+    """Make the data folder, the pepper and the tables where they are missing, for all that is started after this.
+
+    Raises `ConfigError`, also where the database's keys were made with another pepper, and `StoreUnavailable`.
+    """
+    folder = prepare_data_dir(store)
+    pepper = load_pepper(folder)
+    database = Database(database_url(store))
+    try:
+        await database.migrate()
+        if not await SqlKeys(database).agree_on_pepper(pepper_check(pepper)):
+            raise ConfigError(
+                f"The keys in this database were made with another pepper than {folder / 'pepper'}, so none of them would work. "
+                "Put the right file back; servers that share a database share a pepper."
+            )
+    finally:
+        await database.close()
+
+
+def open_stores(store: StoreSection) -> tuple[Database, bytes]:
+    """The database, once `prepare_stores` has run, and the pepper. Raises `ConfigError`."""
+    return Database(database_url(store)), load_pepper(prepare_data_dir(store))
