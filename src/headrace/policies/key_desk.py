@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.errors import Forbidden, NotFound
 from headrace.policies.key_secret import SHOWN, digest_of, new_secret
-from headrace.policies.mint import Actor, Wish, limits_from, mint, refuse_broader
+from headrace.policies.mint import Actor, Wish, limits_from, mint, printable, refuse_broader
 from headrace.ports import Audit, KeyRegister
 from headrace.types import AuditEntry, KeyRecord, TenantRecord
 
@@ -27,7 +27,7 @@ class KeyDesk:
         secret = new_secret()
         record = mint(wish, by, prefix=secret[:SHOWN], digest=digest_of(secret, self._pepper), now=time.time())
         details = public(record)
-        for name in ("id", "created_at", "created_by", "revoked_at", "status"):
+        for name in ("id", "tenant", "created_at", "created_by", "revoked_at", "status"):
             del details[name]
         await self._register.add(record, _entry(by, "key.create", record.id, record.tenant, **details))
         return record, secret
@@ -82,6 +82,7 @@ class KeyDesk:
         """
         if not by.everywhere:
             raise Forbidden("Only an administrator of all tenants changes a tenant's limits.")
+        name = printable(name, "name")
         known = {tenant.name: tenant for tenant in await self._register.tenants()}.get(name)
         before = msgspec.structs.asdict(known.limits) if known is not None else {}
         limits = limits_from({**before, **changes})

@@ -65,10 +65,10 @@ def mint(wish: Wish, by: Actor, *, prefix: str, digest: bytes, now: float) -> Ke
         raise InvalidParameter("The key would be expired from the start.", param="expires")
     record = KeyRecord(
         id=key_id,
-        name=_printable(wish.name, "name"),
+        name=printable(wish.name, "name"),
         prefix=prefix,
         digest=digest,
-        tenant=_printable(tenant, "tenant"),
+        tenant=printable(tenant, "tenant"),
         models=wish.models or (by.key.models if by.key is not None else ()),
         scopes=scopes,
         limits=limits,
@@ -142,7 +142,8 @@ def _place(wish: Wish, by: Actor, key_id: str, scopes: frozenset[Scope]) -> tupl
     return by.key.tenant, False
 
 
-def _printable(text: str, param: str) -> str:
+def printable(text: str, param: str) -> str:
+    """A name as it is kept. Raises `InvalidParameter`."""
     text = text.strip()
     if not 1 <= len(text) <= 128 or not text.isprintable():
         raise InvalidParameter(f"The {param} has 1 to 128 printable characters.", param=param)
