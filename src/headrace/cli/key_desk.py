@@ -73,8 +73,8 @@ def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.text import Text
 
     made = Table(box=None, header_style="bold", pad_edge=False)
-    for title in titles:
-        made.add_column(title, overflow="fold")
+    for number, title in enumerate(titles):
+        made.add_column(title, overflow="fold", no_wrap=number == 0)
     for row in rows:
         made.add_row(*map(Text, row))
     Console().print(made)
