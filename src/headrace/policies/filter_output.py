@@ -21,7 +21,9 @@ class FilterOutput:
 
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
-        call.transforms.append(self.transform(call))
+        # The cache keeps what left this filter.
+        if call.outcome.served_from != "cache":
+            call.transforms.append(self.transform(call))
         yield
 
     def transform(self, call: Call) -> OutputTransform:

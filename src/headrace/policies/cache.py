@@ -1,0 +1,182 @@
+"""The response cache: an answer that was given before is given again, and one that is being given is shared.
+
+Only for requests whose answer is determined (temperature 0, or a seed), or that ask for it. What is kept is what left the output filters,
+and only if it is complete. Nothing crosses tenants: the tenant is part of the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import msgspec
+
+from headrace.policies.answer_key import answer_key
+from headrace.policies.single_flight import Flight
+from headrace.policies.stored_answer import Recorder, StoredAnswer, pack, unpack
+from headrace.ports import Answers
+from headrace.served import ServedModels
+from headrace.types import CacheTags, Call, Event
+
+HEADER = "x-headrace-cache"
+LARGEST = 2 * 1048576
+"""Bytes of an answer that is kept; larger ones (very many log-probabilities) would push out too much else."""
+
+Use = Literal["off", "write", "all"]
+
+
+class ResponseCache:
+    """Sets `call.source` to a kept answer, or `call.share` for one that is under way. `cached_price` is a fraction of a token.
+
+    `salt` stands for what shapes answers on this server besides the model: filters, as a rule.
+    """
+
+    def __init__(self, answers: Answers, models: ServedModels, *, cached_price: float = 0.0, salt: bytes = b"") -> None:
+        self._answers = answers
+        self._models = models
+        self._price = cached_price
+        self._salt = salt
+        self._flights: dict[bytes, Flight] = {}
+
+    @property
+    def under_way(self) -> int:
+        """Different answers that are being made in this process."""
+        return len(self._flights)
+
+    @asynccontextmanager
+    async def __call__(self, call: Call) -> AsyncIterator[None]:
+        use = wanted(call)
+        key = self._key(call) if use != "off" else None
+        if key is None:
+            call.headers[HEADER] = "off"
+            yield
+            return
+        call.headers[HEADER] = "miss"
+        if use == "write":
+            purges, recorder = self._answers.purges, Recorder()
+            call.taps.append(recorder)
+            yield
+            self._keep(key, call, recorder, purges)
+            return
+        found = self._answers.recall(key)
+        answer = unpack(found) if found is not None else None
+        if answer is not None:
+            self._replay(call, answer, "memory")
+            yield
+            return
+        flight = self._flights.get(key)
+        if flight is None or flight.purges != self._answers.purges:
+            flight = self._flights[key] = Flight(self._answers.purges)
+        flight.members += 1
+        try:
+            known = await self._look_up(flight, key)
+            if known is not None:
+                self._replay(call, *known)
+                yield
+            else:
+                recorder = Recorder()
+                call.taps.append(recorder)
+                self._join(call, flight)
+                yield
+                if flight.generation is not None and not flight.generation.stored and flight.generation.first.storable:
+                    flight.generation.stored = self._keep(key, call, recorder, flight.purges)
+        finally:
+            flight.members -= 1
+            if not flight.members and self._flights.get(key) is flight:
+                del self._flights[key]
+
+    def _key(self, call: Call) -> bytes | None:
+        """None where it can't be said what determines the answer."""
+        assert call.request is not None, "the prepare step makes the request"
+        model = self._models.find(call.served_model)
+        if model.card is None:
+            return None
+        try:
+            return answer_key(
+                call.request,
+                tenant=call.subject_tenant,
+                model=model.files.name,
+                fingerprint=f"{model.files.fingerprint}/{model.card.fingerprint}",
+                salt=self._salt,
+            )
+        except UnicodeEncodeError:
+            return None
+
+    async def _look_up(self, flight: Flight, key: bytes) -> tuple[StoredAnswer, str] | None:
+        """What the second level has. One look-up for all who ask at the same time."""
+        if flight.looking is None:
+            looking = flight.looking = asyncio.get_running_loop().create_future()
+            found: tuple[StoredAnswer, str] | None = None
+            try:
+                fetched = await self._answers.fetch(key)
+                answer = unpack(fetched[0]) if fetched is not None else None
+                found = (answer, fetched[1]) if answer is not None and fetched is not None else None
+            finally:
+                looking.set_result(found)
+            return found
+        # Shielded: a future that is awaited by many must not be cancelled by one.
+        return await asyncio.shield(flight.looking)
+
+    def _replay(self, call: Call, answer: StoredAnswer, level: str) -> None:
+        call.headers[HEADER] = "hit"
+        call.notes.update(answer.notes)
+        call.source = _given(answer.batches(stream=call.stream))
+        outcome = call.outcome
+        outcome.served_from, outcome.cache_level, outcome.cached_price = "cache", level, self._price
+        outcome.own_prompt_tokens = outcome.own_completion_tokens = 0
+
+    def _join(self, call: Call, flight: Flight) -> None:
+        assert call.request is not None
+        timeout = call.request.timeout
+        # The generation may outlive this call: each listener sees to its own deadline.
+        call.request = msgspec.structs.replace(call.request, timeout=None)
+
+        def share(source: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+            call.outcome.cached_price = self._price
+            listener = flight.listen(call, source, timeout)
+            first = listener.generation.first
+            if first is not call:
+                call.headers[HEADER] = "hit"
+                call.served_model = first.served_model
+                for name, value in first.headers.items():
+                    # What served it and why is true of this answer too; limits and the like are the other caller's own.
+                    if name.startswith("x-headrace-"):
+                        call.headers.setdefault(name, value)
+            return listener
+
+        call.share = share
+
+    def _keep(self, key: bytes, call: Call, recorder: Recorder, purges: int) -> bool:
+        """Whether it was worth keeping. What was purged while it was made is not kept."""
+        answer = recorder.answer(call, call.notes) if call.storable and purges == self._answers.purges else None
+        if answer is None:
+            return False
+        try:
+            packed = pack(answer)
+        except UnicodeEncodeError:
+            return False
+        if len(packed) > LARGEST:
+            return False
+        model = self._models.find(call.served_model).files.name
+        self._answers.keep(key, packed, CacheTags(call.subject_tenant, model, call.caller.id if call.caller is not None else ""))
+        return True
+
+
+def wanted(call: Call) -> Use:
+    """What a call wants of the cache.
+
+    The header's words are RFC 9111's: `no-cache` (and `max-age=0`) wants a fresh answer, which may be kept; `no-store` wants nothing
+    kept, and is not answered from the cache either.
+    """
+    words = {word.strip() for word in call.cache_control.lower().split(",")} if call.cache_control else ()
+    determined = call.sampling.temperature == 0 or call.sampling.seed is not None
+    if call.cache is False or "no-store" in words or not (determined or call.cache):
+        return "off"
+    return "write" if "no-cache" in words or "max-age=0" in words else "all"
+
+
+async def _given(batches: list[list[Event]]) -> AsyncIterator[list[Event]]:
+    for batch in batches:
+        yield batch

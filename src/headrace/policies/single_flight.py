@@ -1,0 +1,206 @@
+"""Single flight: identical requests that are under way share one generation.
+
+The generation runs in a task of its own, so that no listener's slow reading, and no listener's end, is felt by another. Whoever begins it
+pays for its tokens. When the payer leaves, the one who has listened longest takes over the bill for what is generated from then on; when
+the last one leaves, it is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from headrace.errors import DeadlineExceeded
+from headrace.policies.stored_answer import StoredAnswer
+from headrace.types import Call, Delta, Event, Report
+
+
+class Generation:
+    """One run of an engine, and those who listen to it. Its task ends with the source, or when nobody listens any more."""
+
+    __slots__ = ("_task", "batches", "error", "first", "generated", "listeners", "over", "payer", "prompt_paid", "stored")
+
+    def __init__(self, first: Call, source: AsyncIterator[list[Event]]) -> None:
+        self.first = first
+        """The call that began it: whose headers say what served it, and whose steps may have declared it not storable."""
+        self.batches: list[list[Event]] = []
+        self.over = False
+        self.error: BaseException | None = None
+        self.listeners: list[Listener] = []
+        """Those who are still there, in the order they came."""
+        self.payer: Listener | None = None
+        self.generated = 0
+        self.prompt_paid = False
+        self.stored = False
+        self._task = asyncio.create_task(self._run(source), name=f"generation {first.id}")
+
+    @property
+    def usable(self) -> bool:
+        """Whether newcomers can join."""
+        return self.error is None
+
+    def listen(self, call: Call, timeout: float | None) -> Listener:
+        """A listener more, who gets all from the beginning; `timeout` in seconds from now. The first one pays."""
+        outcome = call.outcome
+        outcome.own_prompt_tokens = outcome.own_completion_tokens = 0
+        outcome.engine_request = self.first.id
+        outcome.served_from = "shared"
+        listener = Listener(self, call, timeout)
+        self.listeners.append(listener)
+        if self.payer is None and not self.over:
+            outcome.served_from = "engine"
+            self._charge(listener)
+        return listener
+
+    def leave(self, listener: Listener) -> asyncio.Task[None] | None:
+        """Idempotent. The task, if it was cancelled because this was the last listener."""
+        if listener not in self.listeners:
+            return None
+        self.listeners.remove(listener)
+        if self.over:
+            return None
+        if not self.listeners:
+            self.error = asyncio.CancelledError()
+            self._task.cancel()
+            return self._task
+        if self.payer is listener:
+            self._charge(self.listeners[0])
+        return None
+
+    def _charge(self, listener: Listener) -> None:
+        """What is generated from now on is on this listener's bill; the prompt too, if its count was known to nobody who has paid."""
+        self.payer = listener
+        if not self.prompt_paid and listener.call.outcome.prompt_tokens:
+            listener.call.outcome.own_prompt_tokens = listener.call.outcome.prompt_tokens
+            self.prompt_paid = True
+
+    async def _run(self, source: AsyncIterator[list[Event]]) -> None:
+        try:
+            async with _closing(source):
+                async for batch in source:
+                    self._took(batch)
+        except asyncio.CancelledError as error:
+            self.error = error
+            raise
+        except Exception as error:  # noqa: BLE001 - it is raised in every listener
+            self.error = error
+        finally:
+            self.over = True
+            for listener in self.listeners:
+                listener.wake()
+
+    def _took(self, batch: list[Event]) -> None:
+        self.batches.append(batch)
+        assert self.payer is not None, "whoever begins a generation listens to it"
+        outcome = self.payer.call.outcome
+        own = outcome.own_completion_tokens or 0
+        for event in batch:
+            if isinstance(event, Delta):
+                own += len(event.tokens)
+                self.generated += len(event.tokens)
+            elif isinstance(event, Report):
+                # Tokens that a stop string held back were generated too, and a remote engine's are counted only now.
+                own = max(0, own + event.completion_tokens - self.generated)
+                self.generated = event.completion_tokens
+                if not self.prompt_paid:
+                    outcome.own_prompt_tokens = event.prompt_tokens
+                    self.prompt_paid = True
+        outcome.own_completion_tokens = own
+        for listener in self.listeners:
+            listener.wake()
+
+
+class Listener:
+    """Event batches of a generation, for one call. Several that came while nobody asked come as one.
+
+    Raises the generation's error, and `DeadlineExceeded` at the call's own deadline.
+    """
+
+    __slots__ = ("_at", "_late", "_timeout", "_timer", "_waiter", "call", "generation")
+
+    def __init__(self, generation: Generation, call: Call, timeout: float | None) -> None:
+        self.generation = generation
+        self.call = call
+        self._at = 0
+        self._timeout = timeout
+        self._waiter: asyncio.Future[None] | None = None
+        self._late = False
+        self._timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, self._deadline)
+
+    def __aiter__(self) -> Listener:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        generation = self.generation
+        while True:
+            if self._at < len(generation.batches):
+                new = generation.batches[self._at :]
+                self._at += len(new)
+                return self._told(new)
+            if generation.over:
+                if generation.error is not None:
+                    raise generation.error
+                raise StopAsyncIteration
+            if self._late:
+                raise DeadlineExceeded(f"The request took longer than its {self._timeout:g} s.")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    async def aclose(self) -> None:
+        """Leave. If that ends the generation, the engine knows when this returns. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+        cancelled = self.generation.leave(self)
+        if cancelled is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([cancelled])
+
+    def wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _deadline(self) -> None:
+        self._late = True
+        self.wake()
+
+    def _told(self, batches: list[list[Event]]) -> list[Event]:
+        events = [event for batch in batches for event in batch]
+        outcome = self.call.outcome
+        if events and isinstance(events[-1], Report) and outcome.served_from == "shared" and not outcome.own_completion_tokens:
+            report = events[-1]
+            events[-1] = Report(report.prompt_tokens, report.prompt_tokens, report.completion_tokens, 0.0, 0.0, 0.0)
+        return events
+
+
+class Flight:
+    """The requests with one key that are under way in this process, from the look-up in the cache to their ends.
+
+    `purges`: how many purges there had been when it began; those who come after another one begin anew.
+    """
+
+    __slots__ = ("generation", "looking", "members", "purges")
+
+    def __init__(self, purges: int = 0) -> None:
+        self.purges = purges
+        self.members = 0
+        self.looking: asyncio.Future[tuple[StoredAnswer, str] | None] | None = None
+        """What the second level of the cache has, and which level that is."""
+        self.generation: Generation | None = None
+
+    def listen(self, call: Call, source: AsyncIterator[list[Event]], timeout: float | None) -> Listener:
+        """Join the generation, or begin one with `source` if there is none, or it failed, or all have left it."""
+        if self.generation is None or not self.generation.usable:
+            self.generation = Generation(call, source)
+        return self.generation.listen(call, timeout)
+
+
+@contextlib.asynccontextmanager
+async def _closing(source: AsyncIterator[list[Event]]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()
