@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import itertools
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +22,8 @@ import uvicorn
 import uvloop
 
 from headrace import logs
-from headrace.control import Alive, AskProcesses, Beginning, Drain, EngineChanged, Processes, ToChild, begin
+from headrace.claims import Ask, Reply
+from headrace.control import Alive, AskLimits, AskProcesses, Beginning, Drain, EngineChanged, LimitsAnswer, Processes, ToChild, begin
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
 from headrace.errors import ConfigError, EngineUnavailable, HeadraceError
@@ -30,8 +32,11 @@ from headrace.journey import Journey
 from headrace.models.template import load_template
 from headrace.models.tokenizer import load_tokenizer
 from headrace.policies.callers import Callers
+from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
 from headrace.served import ServedModel, ServedModels
+from headrace.stores.cache_open import open_cache
+from headrace.stores.limits_open import open_limits
 from headrace.stores.opening import open_stores
 from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import ServerTls
@@ -63,6 +68,7 @@ class SupervisorLink:
         self.connection = FrameConnection[ToChild](ToChild, self._received, _leave)
         self._models = models
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._limits_asked: dict[int, asyncio.Future[list[Reply]]] = {}
         self._numbers = itertools.count(1)
         self._ending: asyncio.TimerHandle | None = None
 
@@ -79,6 +85,19 @@ class SupervisorLink:
         finally:
             del self._asked[number]
 
+    async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
+        """The limits in the supervisor (`stores.shared_limits.LimitPlace`), which lives as long as we do."""
+        number = next(self._numbers)
+        answer = self._limits_asked[number] = asyncio.get_running_loop().create_future()
+        self.connection.send(AskLimits(number, list(asks)))
+        return await answer
+
+    async def reconnect(self) -> None:
+        """The connection to the supervisor ends with us."""
+
+    async def close(self) -> None:
+        """Likewise."""
+
     def engine_ready(self, model: str, card: EngineCard) -> None:
         """The model's worker said hello to us."""
         self._models[model][0].card = card
@@ -91,7 +110,9 @@ class SupervisorLink:
         )
 
     def _received(self, message: ToChild) -> None:
-        if isinstance(message, EngineChanged):
+        if isinstance(message, LimitsAnswer):
+            self._limits_asked.pop(message.number).set_result(message.replies)
+        elif isinstance(message, EngineChanged):
             self._engine_changed(message.model, message.status)
         elif isinstance(message, Processes):
             asked = self._asked.get(message.number)
@@ -148,6 +169,7 @@ async def _run(beginning: Beginning) -> None:
         for files, path in zip(setup.models, setup.sockets, strict=True):
             models[files.name] = _serve_model(files, path, link)
         database, pepper = open_stores(config.store)
+        cache = open_cache(config)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
         structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)
@@ -163,10 +185,11 @@ async def _run(beginning: Beginning) -> None:
     app = create_api(
         config,
         served,
-        Journey.standard(config, served, callers=callers),
+        Journey.standard(config, served, callers=callers, answers=cache),
         control=link,
         callers=callers,
         desk=KeyDesk(keys, keys, pepper),
+        cache=cache,
     )
     uvicorn_config = uvicorn.Config(
         app,
@@ -193,6 +216,8 @@ async def _run(beginning: Beginning) -> None:
     gc.freeze()
     link.connection.send(Alive("ready"))
     await serving
+    if cache is not None:
+        await cache.close()
     for _, client in models.values():
         await client.close()
     os._exit(0)

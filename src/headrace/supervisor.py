@@ -24,8 +24,10 @@ from headrace import __version__, logs
 from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
 from headrace.children import Child, listing, memory_mib
 from headrace.config import Config
-from headrace.control import AskProcesses, Drain, EngineChanged, Processes, Setup, Stop, ToSupervisor, config_to_json
+from headrace.control import AskLimits, AskProcesses, Drain, EngineChanged, LimitsAnswer, Processes, Setup, Stop, ToSupervisor, config_to_json
 from headrace.models.resolve import resolve
+from headrace.stores.cache_open import second_level
+from headrace.stores.limit_table import LimitTable
 from headrace.stores.opening import prepare_stores
 from headrace.tls import check_tls
 from headrace.types import ModelFiles
@@ -45,6 +47,8 @@ def serve(config: Config) -> int:
             with ThreadPoolExecutor(1) as aside:
                 prepared = aside.submit(asyncio.run, prepare_stores(config.store))
                 tls = check_tls(config.tls)
+                if config.cache.response_cache == "on":
+                    second_level(config)
                 files = resolve(config.model)
                 prepared.result()
         except KeyboardInterrupt as interrupt:
@@ -75,6 +79,8 @@ class Supervisor:
         self._started_at = started_at
         self._socket = folder / ENGINE_SOCKET
         self._engine_listening = listen_privately(self._socket)
+        self._limits = LimitTable()
+        """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
         self._signals = 0
         self._signalled = asyncio.Event()
         # The worker has no business with keys.
@@ -169,7 +175,10 @@ class Supervisor:
     # Between
 
     def _hear(self, child: Child, message: ToSupervisor) -> None:
-        if isinstance(message, AskProcesses):
+        if isinstance(message, AskLimits):
+            pid = child.pid
+            child.tell(LimitsAnswer(message.number, [self._limits.answer(ask, pid) for ask in message.asks]))
+        elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
 
     def _worker_changed(self, worker: Child) -> None:
@@ -180,6 +189,7 @@ class Supervisor:
         api.tell(EngineChanged(self._files.name, self._worker.status))
 
     def _api_died(self, pid: int) -> None:
+        self._limits.lapse(pid)
         for path in self._figures.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from headrace import __version__
-from headrace.cli import audit, bench, chat, doctor, keys, models, ps, pull, serve, tenants
+from headrace.cli import audit, bench, cache, chat, doctor, keys, models, ps, pull, serve, tenants
 from headrace.cli import config as show_config
 from headrace.errors import ConfigError, HeadraceError
 
@@ -44,6 +44,7 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(keys.app)
 app.add_typer(tenants.app)
+app.add_typer(cache.app)
 app.command("audit")(audit.audit)
 app.command("config")(show_config.config)
 

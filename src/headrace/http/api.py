@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from headrace import __version__
 from headrace.config import Config
 from headrace.http.admin import Admin
+from headrace.http.admin_cache import AdminCache
 from headrace.http.admin_keys import AdminKeys
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
@@ -36,6 +37,7 @@ from headrace.http.tokens import Tokens
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
 from headrace.served import ServedModels
+from headrace.stores.cache_levels import CacheLevels
 from headrace.stores.memory_keys import MemoryKeys
 
 _REFUSED: dict[int | str, Any] = {
@@ -57,6 +59,7 @@ def create_api(
     control: Control,
     callers: Callers | None = None,
     desk: KeyDesk | None = None,
+    cache: CacheLevels | None = None,
 ) -> FastAPI:
     """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
@@ -78,7 +81,7 @@ def create_api(
         # A redirect would be to the address in the Host header, which anyone can write.
         redirect_slashes=False,
     )
-    _add_routes(app, serving, metrics, callers, desk)
+    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models))
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
@@ -97,7 +100,7 @@ def create_api(
     return app
 
 
-def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk) -> None:
+def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk, cache: AdminCache) -> None:
     body_limit = int(serving.config.server.max_body_mib * 1048576)
     openai_chat = ChatCompletions(serving, body_limit)
     openai_completions = Completions(serving, body_limit)
@@ -151,7 +154,10 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Calle
     add("GET", "/health/ready", health.ready, "Health", gate=None)
     add("GET", "/health/startup", health.startup, "Health", gate=None)
     add("GET", "/metrics", metrics.scrape, "Health", gate=usage, name="metrics")
-    add("GET", "/admin/ps", admin.ps, "Health", gate=Gate(callers, "admin", always=True, local=True), name="ps", include_in_schema=False)
+    on_the_spot = Gate(callers, "admin", always=True, local=True)
+    add("GET", "/admin/ps", admin.ps, "Health", gate=on_the_spot, name="ps", include_in_schema=False)
+    add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats", openapi_extra=_SECURED)
+    add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
     for method, path, endpoint in (
         ("GET", "/admin/keys", keys.list),
         ("POST", "/admin/keys", keys.create),
