@@ -60,11 +60,12 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def headrace(*arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 300.0) -> Iterator[Server]:
-    """`headrace serve ARGUMENTS` on a free port, with no configuration but this. Raises `ServerFailed`."""
+    """`headrace serve ARGUMENTS` on a free port, with no configuration but this, and no answer twice. Raises `ServerFailed`."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         command = [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port)]
-        clean = clean_environment() | {"HEADRACE_LOG_LEVEL": "warning"} | dict(environment or {})
+        ours = {"HEADRACE_LOG_LEVEL": "warning", "HEADRACE_RESPONSE_CACHE": "off", "HEADRACE_DATA_DIR": f"{folder}/data"}
+        clean = clean_environment() | ours | dict(environment or {})
         # An empty folder, so that no .env and no headrace.toml is found.
         with _running("headrace", command, port, "/health/ready", clean, Path(folder), timeout) as server:
             yield server

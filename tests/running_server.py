@@ -40,7 +40,9 @@ class RunningServer:
     def __init__(self, folder: Path, model: str = "echo", *flags: str, environment: dict[str, str] | None = None) -> None:
         self._log = folder / "server.log"
         outside = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_") and name != "API_PORT"}
-        self.environment = outside | (environment or {})
+        # Tests ask the same thing again and again, and want it done again.
+        ours = {"HEADRACE_DATA_DIR": str(folder / "data"), "HEADRACE_RESPONSE_CACHE": "off"}
+        self.environment = outside | ours | (environment or {})
         self._command = [sys.executable, "-m", "headrace", "serve", model, "--port", "0", *flags]
         self._folder = folder
         self.process: subprocess.Popen[bytes]

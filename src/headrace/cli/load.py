@@ -173,13 +173,14 @@ async def run_load(
     seed: int = 0,
     timeout: float = 300.0,
     extra: Mapping[str, object] | None = None,
+    cached: bool = False,
     on_done: Callable[[Sample], None] | None = None,
 ) -> LoadResult:
     """Send `requests` streaming, greedy requests, `users` at a time, each user the next as soon as its last one ended.
 
     `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that
-    know it generate exactly `max_tokens`. `timeout` is seconds for one request. Raises `LoadFailed` where the server is away
-    before the first request; what fails later is counted by kind in the result.
+    know it generate exactly `max_tokens`. Unless `cached`, no answer of a cache is wanted. `timeout` is seconds for one request.
+    Raises `LoadFailed` where the server is away before the first request; what fails later is counted by kind in the result.
     """
     address = _Address.of(url, api)
     if api == "openai" and model is None:
@@ -202,7 +203,7 @@ async def run_load(
     def body(number: int) -> bytes:
         text = texts[number % len(texts)]
         said: dict[str, object] = {"messages": [{"role": "user", "content": text}]} if api == "openai" else {"prompt": text}
-        return address.request("POST", msgspec.json.encode(fixed | said), key)
+        return address.request("POST", msgspec.json.encode(fixed | said), key, cached=cached)
 
     bodies = [body(number) for number in range(requests)]
     counted: dict[str, int] = {}
@@ -443,13 +444,15 @@ class _Address:
         base = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts, parts.hostname, port or (443 if parts.scheme == "https" else 80), base, api == "native")
 
-    def request(self, method: str, body: bytes, key: str | None, path: str | None = None) -> bytes:
+    def request(self, method: str, body: bytes, key: str | None, path: str | None = None, *, cached: bool = False) -> bytes:
         lines = [
             f"{method} {path or self.path} HTTP/1.1",
             f"Host: {self.parts.netloc.rpartition('@')[2]}",
             "Accept: text/event-stream, application/json",
             "User-Agent: headrace-bench",
         ]
+        if not cached:
+            lines.append("Cache-Control: no-store")
         if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         if key:
