@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -17,6 +18,8 @@ import structlog
 
 from headrace.engine.frames import (
     Cancel,
+    Counting,
+    Ended,
     Failed,
     FrameConnection,
     FrameTooLarge,
@@ -28,10 +31,13 @@ from headrace.engine.frames import (
     Submit,
 )
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, revive
+from headrace.ports import Meters
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
 
 GRACE = 1.0
 """Seconds after a deadline in which the worker may still end a request itself, and say where the time went."""
+ADRIFT = 0.02
+"""Seconds between looks at whether a worker that was lost still counts."""
 MAX_SUBMISSIONS = 3
 """A request that saw this many workers die before its first token is ended: it may be the reason."""
 
@@ -39,7 +45,7 @@ MAX_SUBMISSIONS = 3
 class _Stream:
     """A request of this API process, from `generate` to its end."""
 
-    __slots__ = ("began", "deadline", "done", "error", "handle", "pending", "request", "submissions", "timer", "waiter")
+    __slots__ = ("began", "deadline", "done", "error", "handle", "pending", "request", "slot", "submissions", "timer", "waiter")
 
     def __init__(self, request: GenerateRequest, handle: int, now: float, patience: float) -> None:
         self.request = request
@@ -50,6 +56,8 @@ class _Stream:
         self.began = False
         """True once the worker has sent anything for it."""
         self.submissions = 0
+        self.slot: int | None = None
+        """Where it is counted, from the first submission to the last engine's end; -1 for a request that is on no bill."""
         self.done = False
         self.error: HeadraceError | None = None
         self.waiter: asyncio.Future[None] | None = None
@@ -72,7 +80,7 @@ class EngineClient:
     """An engine that lives in a worker process, behind the unix socket at `path`.
 
     `patience`: seconds that a request without a timeout waits for a worker. `on_ready` is called whenever a worker
-    said what it is, `on_lost` whenever a connection to a ready worker ended.
+    said what it is, `on_lost` whenever a connection to a ready worker ended. `meters` is where requests are counted that are on a bill.
     """
 
     def __init__(
@@ -82,11 +90,17 @@ class EngineClient:
         patience: float = 600.0,
         on_ready: Callable[[EngineCard], None] | None = None,
         on_lost: Callable[[], None] | None = None,
+        meters: Meters | None = None,
     ) -> None:
         self._path = path
         self._patience = patience
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._meters = meters
+        self._left: dict[int, _Stream] = {}
+        """Cancelled, and the worker has not said yet that it is done with them."""
+        self._adrift: set[asyncio.Task[None]] = set()
+        self._worker_pid = 0
         self._handles = itertools.count(1)
         self._submitted: dict[int, _Stream] = {}
         self._waiting: dict[int, _Stream] = {}
@@ -149,6 +163,8 @@ class EngineClient:
             self._keeper = None
         if self._connection is not None:
             self._connection.close()
+        for task in self._adrift:
+            task.cancel()
 
     # Requests
 
@@ -195,8 +211,10 @@ class EngineClient:
         request = stream.request
         if waited and request.timeout is not None:
             request = msgspec.structs.replace(request, timeout=max(0.001, stream.deadline - asyncio.get_running_loop().time()))
+        if stream.slot is None:
+            stream.slot = -1 if self._meters is None else self._meters.begin(request.id)
         try:
-            connection.send(Submit(stream.handle, request))
+            connection.send(Submit(stream.handle, request, stream.slot))
         except FrameTooLarge as error:
             raise BodyTooLarge(f"The request is too large for the engine: {error}.") from error
         except UnicodeEncodeError as error:
@@ -208,9 +226,25 @@ class EngineClient:
     def _forget(self, stream: _Stream) -> None:
         if stream.timer is not None:
             stream.timer.cancel()
-        self._waiting.pop(stream.handle, None)
-        if self._submitted.pop(stream.handle, None) is not None and self._connection is not None:
+        if self._waiting.pop(stream.handle, None) is not None:
+            self._counted(stream, None)
+        elif self._submitted.pop(stream.handle, None) is not None and self._connection is not None:
+            self._left[stream.handle] = stream
             self._connection.send(Cancel(stream.handle))
+
+    def _counted(self, stream: _Stream, report: Report | None) -> None:
+        """No engine counts for the request any more."""
+        slot, stream.slot = stream.slot, None
+        if self._meters is not None and slot is not None and slot >= 0:
+            self._meters.ended(stream.request.id, report)
+
+    async def _await_counts(self, streams: list[_Stream], pid: int) -> None:
+        """After a lost connection: a worker that lives has cancelled these, and counts until that takes hold."""
+        assert self._meters is not None
+        for stream in streams:
+            while not self._meters.has_ended(stream.request.id) and _lives(pid):  # noqa: ASYNC110  (neither tells us)
+                await asyncio.sleep(ADRIFT)
+            self._counted(stream, None)
 
     def _at_deadline(self, stream: _Stream) -> None:
         if stream.handle in self._waiting:
@@ -263,22 +297,33 @@ class EngineClient:
             for handle, events in message.batches:
                 stream = submitted.get(handle)
                 if stream is None:
+                    # The report was under way when it was cancelled, and the worker found nothing to cancel.
+                    if type(report := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
+                        self._counted(left, report)
                     continue
                 stream.began = True
                 if stream.pending:
                     stream.pending += events
                 else:
                     stream.pending = events
-                if type(events[-1]) is Report:
+                if type(report := events[-1]) is Report:
                     stream.done = True
                     del submitted[handle]
+                    self._counted(stream, report)
                 stream.wake()
         elif isinstance(message, Failed):
             stream = self._submitted.pop(message.handle, None)
             if stream is not None and message.code == EngineDied.code and not stream.began:
                 self._after_death(stream)
             elif stream is not None:
+                self._counted(stream, None)
                 stream.fail(revive(message.code, message.message, message.param, message.retry_after))
+            elif (left := self._left.pop(message.handle, None)) is not None:
+                self._counted(left, None)
+        elif isinstance(message, Ended):
+            left = self._left.pop(message.handle, None)
+            if left is not None:
+                self._counted(left, message.report)
         elif isinstance(message, Hello):
             self._hello(message, connection)
         elif isinstance(message, Stats):
@@ -287,7 +332,10 @@ class EngineClient:
 
     def _hello(self, hello: Hello, connection: FrameConnection[FromWorker]) -> None:
         self._card = hello.card
+        self._worker_pid = hello.pid
         self._connection = connection
+        if self._meters is not None:
+            connection.send(Counting(self._meters.path))
         self._unavailable = None
         self._ready.set()
         for stream in [*self._waiting.values()]:
@@ -309,8 +357,15 @@ class EngineClient:
         submitted, self._submitted = self._submitted, {}
         if submitted:
             structlog.get_logger("headrace.engines").warning("engine lost", requests=len(submitted))
+        lost, self._left = [*self._left.values()], {}
         for stream in submitted.values():
             self._after_death(stream)
+            if stream.handle not in self._waiting:
+                lost.append(stream)
+        if self._meters is not None and lost:
+            task = asyncio.create_task(self._await_counts(lost, self._worker_pid))
+            self._adrift.add(task)
+            task.add_done_callback(self._adrift.discard)
         if self._on_lost is not None:
             self._on_lost()
 
@@ -323,6 +378,8 @@ class EngineClient:
         elif (refusal := self._closed or self._unavailable) is not None:
             stream.fail(refusal)
         else:
+            if self._meters is not None:
+                self._meters.restart(stream.request.id, 0)
             self._waiting[stream.handle] = stream
 
     # Figures
@@ -346,3 +403,13 @@ class EngineClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from headrace.claims import Claim, Extended, Refused, Room, Take, Taken
 from headrace.errors import HeadraceError
 from headrace.types import (
     AuditEntry,
@@ -318,6 +319,10 @@ class Meters(Protocol):
         not billed twice."""
         ...
 
+    def has_ended(self, request_id: str) -> bool:
+        """Whether the engine's process itself has noted that nothing more comes."""
+        ...
+
     def ended(self, request_id: str, report: Report | None) -> None:
         """No engine counts for it any more."""
         ...
@@ -354,6 +359,26 @@ class TellsCached(Protocol):
     """An engine that knows how much of a prompt its prefix cache had before the request's `Report` says so."""
 
     def cached_tokens(self, request_id: str) -> int: ...
+
+
+class Limits(Protocol):
+    """Rates, concurrency and budgets, over all processes that share them. The rules are in docs/limits.md."""
+
+    def peek(self, claims: Sequence[Claim]) -> tuple[Refused | None, tuple[Room, ...]]:
+        """Whether a request would certainly be refused, and how its claims stand at best, by what this process knows. Never waits."""
+        ...
+
+    async def take(self, take: Take) -> Taken | Refused:
+        """Admit a request for all its claims, or for none. An admitted one is to be settled. Raises `StoreUnavailable`."""
+        ...
+
+    def extend(self, id: str, tokens: int, told: Callable[[Extended], None]) -> None:
+        """Lease more output to an admitted request; `told` hears what was granted, later. Never waits."""
+        ...
+
+    async def settle(self, id: str, used: int) -> tuple[Room, ...] | None:
+        """The request is over and used so many tokens; how its claims stand now, where that is known. Unknown ids are ignored."""
+        ...
 
 
 class Cache(Protocol):

@@ -24,6 +24,7 @@ from headrace.engine.serving import EngineServer
 from headrace.errors import HeadraceError, ModelError
 from headrace.models.tokenizer import load_tokenizer
 from headrace.ports import Engine, Runner
+from headrace.stores.slots import SharedSlots
 from headrace.types import EngineStats, ModelFiles
 
 REPORT_INTERVAL = 0.25
@@ -114,7 +115,7 @@ async def _run(beginning: Beginning) -> None:
     files = beginning.setup.models[0]
     try:
         engine = build_engine(files, beginning.config)
-        server = EngineServer(engine, pid=os.getpid())
+        server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots)
         accepting = await _listen(server, beginning.listening)
         starting = asyncio.create_task(engine.start())
         await asyncio.wait((starting, asyncio.create_task(stopping.wait())), return_when=asyncio.FIRST_COMPLETED)

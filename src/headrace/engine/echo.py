@@ -230,7 +230,8 @@ class _Job:
         now = asyncio.get_running_loop().time()
         started = now if self.started is None else self.started
         return Report(
-            prompt_tokens=len(self.request.prompt),
+            # A request that never left the queue has cost nothing.
+            prompt_tokens=0 if self.started is None else len(self.request.prompt),
             cached_tokens=0,
             completion_tokens=sum(sequence.index for sequence in self.sequences),
             queue_ms=1000 * (started - self.received),

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import msgspec
 import structlog
 
-from headrace.types import EngineCard, EngineStats, Event, GenerateRequest
+from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
 
 MAX_FRAME = 256 * 1024 * 1024
 """Bytes; the scores of a long prompt with many alternatives are the largest honest frame."""
@@ -27,10 +27,12 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     handle: int
     request: GenerateRequest
+    slot: int = -1
+    """Where its tokens are counted, in the file of `Counting`; -1 is nowhere."""
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """API process to worker: nobody wants the rest. Nothing more is said of this handle."""
+    """API process to worker: nobody wants the rest. All that is still said of this handle is `Ended`."""
 
     handle: int
 
@@ -68,8 +70,22 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag=7):
     stats: EngineStats
 
 
-ToWorker = Submit | Cancel | StatsRequest
-FromWorker = Hello | Step | Failed | Stats
+class Counting(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """API process to worker, before any `Submit` with a slot: the file with this process's slots."""
+
+    path: str
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """Worker to API process, after a `Cancel`: the engine is done with it, and its slot says what it has cost."""
+
+    handle: int
+    report: Report | None = None
+    """None where the engine made none."""
+
+
+ToWorker = Submit | Cancel | StatsRequest | Counting
+FromWorker = Hello | Step | Failed | Stats | Ended
 
 Incoming = TypeVar("Incoming")
 

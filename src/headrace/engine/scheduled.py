@@ -150,6 +150,10 @@ class ScheduledEngine:
     def stats(self) -> EngineStats:
         return EngineStats() if self._stepper is None else self._stepper.stats()
 
+    def cached_tokens(self, request_id: str) -> int:
+        """Of a running request's prompt, those that the prefix cache had."""
+        return 0 if self._stepper is None else self._stepper.cached_tokens(request_id)
+
     async def close(self) -> None:
         """Stop the thread; running requests end with `EngineUnavailable`."""
         if self._ended is None:

@@ -14,6 +14,8 @@ import structlog
 from headrace.engine.frames import (
     MAX_UNREAD,
     Cancel,
+    Counting,
+    Ended,
     Failed,
     FrameConnection,
     FrameTooLarge,
@@ -24,20 +26,24 @@ from headrace.engine.frames import (
     Submit,
     ToWorker,
 )
-from headrace.errors import HeadraceError, RequestFailed
-from headrace.ports import Engine, Submits
-from headrace.types import EngineCard, Event, GenerateRequest, Report
+from headrace.errors import EngineUnavailable, HeadraceError, RequestFailed, StoreUnavailable
+from headrace.ports import Counter, Counters, Deliver, Engine, Submits, TellsCached
+from headrace.types import Delta, EngineCard, Event, GenerateRequest, Report
 
 
 class EngineServer:
     """Serves an engine over a listening unix socket's connections, each of which is an API process.
 
-    `max_unread`: bytes that an API process may leave unread before its connection is closed.
+    `max_unread`: bytes that an API process may leave unread before its connection is closed. `open_counters` opens the file in which an
+    API process wants its requests' tokens counted; it raises `OSError` and `ValueError`.
     """
 
-    def __init__(self, engine: Engine, *, pid: int, max_unread: int = MAX_UNREAD) -> None:
+    def __init__(
+        self, engine: Engine, *, pid: int, max_unread: int = MAX_UNREAD, open_counters: Callable[[str], Counters] | None = None
+    ) -> None:
         self._engine = engine
         self._pid = pid
+        self.open_counters = open_counters
         self._max_unread = max_unread
         self._clients: set[_ApiProcess] = set()
         self._hello: Hello | None = None
@@ -75,16 +81,33 @@ class EngineServer:
     def left(self, client: _ApiProcess) -> None:
         self._clients.discard(client)
 
-    def run(self, request: GenerateRequest, deliver: Callable[[Sequence[Event] | HeadraceError], None]) -> Callable[[], None]:
-        """Start a request; what comes back cancels it. `deliver` gets exactly one `Report` or error, last."""
+    def run(self, request: GenerateRequest, deliver: Deliver, counter: Counter | None = None) -> Callable[[], None]:
+        """Start a request; what comes back cancels it. `deliver` gets exactly one `Report` or error, last.
+
+        Tokens are counted before they are delivered.
+        """
         if request.id in self._ids:
             # Cancelling goes by id, and one tenant's choice of id must not reach another's request.
             request = msgspec.structs.replace(request, id=f"{request.id}~{next(self._numbers)}")
         self._ids.add(request.id)
 
+        begun = False
+
         def deliver_and_note(what: Sequence[Event] | HeadraceError) -> None:
-            if isinstance(what, HeadraceError) or type(what[-1]) is Report:
+            nonlocal begun
+            if isinstance(what, HeadraceError):
                 self._ids.discard(request.id)
+                if counter is not None:
+                    counter.end(None)
+            elif type(last := what[-1]) is Report:
+                self._ids.discard(request.id)
+                if counter is not None:
+                    counter.end(last)
+            elif counter is not None:
+                if not begun:
+                    begun = True
+                    counter.prompt(len(request.prompt), self._cached_tokens(request.id))
+                counter.add(sum([len(event.tokens) for event in what if type(event) is Delta]))
             deliver(what)
 
         if isinstance(self._engine, Submits):
@@ -94,6 +117,9 @@ class EngineServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return lambda: _cancel_task(task)
+
+    def _cached_tokens(self, request_id: str) -> int:
+        return self._engine.cached_tokens(request_id) if isinstance(self._engine, TellsCached) else 0
 
     def _cancel(self, request_id: str) -> None:
         assert isinstance(self._engine, Submits)
@@ -118,6 +144,9 @@ class EngineServer:
                         deliver(batch)
             if type(last) is not Report:
                 raise RequestFailed("The engine ended the request without a report.")
+        except asyncio.CancelledError:
+            deliver(EngineUnavailable("The request was cancelled."))
+            raise
         except HeadraceError as error:
             deliver(error)
         except Exception as error:  # noqa: BLE001  the worker's outermost edge: an error belongs to one request
@@ -134,17 +163,26 @@ class _ApiProcess:
     def __init__(self, server: EngineServer) -> None:
         self._server = server
         self._running: dict[int, Callable[[], None]] = {}
+        self._cancelled: set[int] = set()
+        """Handles that nobody waits for, but for their end."""
+        self._counters: Counters | None = None
+        self._counted = 0
+        """Requests that are being counted."""
+        self._gone = False
         self._batches: list[tuple[int, list[Event]]] = []
-        self._failures: list[Failed] = []
+        self._ends: list[Failed | Ended] = []
         self._flush_due = False
 
     def received(self, message: ToWorker) -> None:
         if isinstance(message, Submit):
-            self._start(message.handle, message.request)
+            self._start(message.handle, message.request, message.slot)
         elif isinstance(message, Cancel):
             cancel = self._running.pop(message.handle, None)
             if cancel is not None:
+                self._cancelled.add(message.handle)
                 cancel()
+        elif isinstance(message, Counting):
+            self._count_in(message.path)
         elif isinstance(message, StatsRequest):
             self.connection.send(self._server.stats)
 
@@ -154,8 +192,31 @@ class _ApiProcess:
         for cancel in running:
             cancel()
         self._server.left(self)
+        self._gone = True
+        self._leave_counters()
 
-    def _start(self, handle: int, request: GenerateRequest) -> None:
+    def _count_in(self, path: str) -> None:
+        if self._counters is None and self._server.open_counters is not None:
+            try:
+                self._counters = self._server.open_counters(path)
+            except (OSError, ValueError) as error:
+                structlog.get_logger("headrace.worker").error("usage can't be counted", path=path, reason=str(error))
+
+    def _leave_counters(self) -> None:
+        """Let whoever settles for a dead API process know that its numbers are final."""
+        if self._gone and not self._counted and self._counters is not None:
+            self._counters.close()
+            self._counters = None
+
+    def _start(self, handle: int, request: GenerateRequest, slot: int) -> None:
+        counter: Counter | None = None
+        if slot >= 0:
+            if self._counters is None:
+                why = "The engine can't count the request's tokens, so it can't be billed."
+                self.connection.send(Failed(handle, StoreUnavailable.code, why, retry_after=1))
+                return
+            counter = self._counters.counter(slot)
+            self._counted += 1
         ended = False
         running = self._running
         # Known before it is started: an engine may deliver from within `submit`.
@@ -166,18 +227,33 @@ class _ApiProcess:
             if isinstance(what, HeadraceError):
                 ended = True
                 if running.pop(handle, None) is not None:
-                    self._failures.append(Failed(handle, what.code, what.message, what.param, what.retry_after))
+                    self._ends.append(Failed(handle, what.code, what.message, what.param, what.retry_after))
                     self._flush_soon()
-            elif handle in running:
-                if type(what[-1]) is Report:
-                    ended = True
-                    del running[handle]
-                self._batches.append((handle, what if isinstance(what, list) else list(what)))
-                self._flush_soon()
+                else:
+                    self._end_cancelled(handle, None)
+            else:
+                report = what[-1] if type(what[-1]) is Report else None
+                ended = report is not None
+                if handle in running:
+                    if ended:
+                        del running[handle]
+                    self._batches.append((handle, what if isinstance(what, list) else list(what)))
+                    self._flush_soon()
+                elif report is not None:
+                    self._end_cancelled(handle, report)
+            if ended and counter is not None:
+                self._counted -= 1
+                self._leave_counters()
 
-        cancel = self._server.run(request, deliver)
+        cancel = self._server.run(request, deliver, counter)
         if not ended:
             running[handle] = cancel
+
+    def _end_cancelled(self, handle: int, report: Report | None) -> None:
+        if handle in self._cancelled:
+            self._cancelled.discard(handle)
+            self._ends.append(Ended(handle, report))
+            self._flush_soon()
 
     def _flush_soon(self) -> None:
         if not self._flush_due:
@@ -188,14 +264,14 @@ class _ApiProcess:
         """Everything that this turn of the loop delivered, in one frame."""
         self._flush_due = False
         batches, self._batches = self._batches, []
-        failures, self._failures = self._failures, []
+        ends, self._ends = self._ends, []
         if batches:
             try:
                 self.connection.send(Step(batches))
             except (FrameTooLarge, UnicodeEncodeError):
                 self._send_one_by_one(batches)
-        for failure in failures:
-            self.connection.send(failure)
+        for end in ends:
+            self.connection.send(end)
 
     def _send_one_by_one(self, batches: list[tuple[int, list[Event]]]) -> None:
         for handle, events in batches:

@@ -97,6 +97,11 @@ class Stepper:
         if job is not None:
             self._end(job)
 
+    def cached_tokens(self, request_id: str) -> int:
+        """Of a running request's prompt, those that the prefix cache had; may be asked from any thread."""
+        job = self._jobs.get(request_id)
+        return 0 if job is None else job.cached_tokens
+
     def fail_all(self, error: Callable[[], HeadraceError]) -> None:
         """End every request with an error, as the engine goes."""
         for job in tuple(self._jobs.values()):
@@ -345,7 +350,9 @@ class Stepper:
     def _end(self, job: Job) -> None:
         self._forget(job)
         queue, prefill, decode = job.phases(self._clock())
-        self._emit(job, Report(len(job.prompt), job.cached_tokens, job.completion_tokens, queue, prefill, decode))
+        # A request that never left the queue has cost nothing.
+        prompt = 0 if job.started_at is None else len(job.prompt)
+        self._emit(job, Report(prompt, job.cached_tokens, job.completion_tokens, queue, prefill, decode))
 
     def _fail(self, job: Job, error: HeadraceError) -> None:
         if job.ended:

@@ -15,8 +15,6 @@ from headrace.stores.database import Database
 from headrace.types import UsageGroup, UsageLine, UsageQuery, UsageRow
 
 SECONDS_A_DAY = 86400
-PRICE_UNIT = Decimal(10) ** -12
-"""What a row's price counts, in the currency's unit: a millionth of the smallest price of a million tokens, so prices are whole numbers."""
 _PART = 10**6
 """Prices are added up in two parts, because SQLite's sums end at 2⁶³."""
 _EPOCH = date(1970, 1, 1)
@@ -104,7 +102,7 @@ def _columns(row: UsageRow) -> dict[str, Any]:
 
 
 def _conditions(query: UsageQuery) -> list[sa.ColumnElement[bool]]:
-    conditions = [usage.c.settled_at.is_not(None)]
+    conditions: list[sa.ColumnElement[bool]] = [usage.c.settled_at.is_not(None)]
     if query.since is not None:
         conditions.append(usage.c.opened_at >= query.since)
     if query.until is not None:

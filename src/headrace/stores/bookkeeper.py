@@ -1,0 +1,295 @@
+"""One API process's hand in the ledger: rows are written ahead in groups, and settled from what engines counted.
+
+A row goes through four states. It is *opened*: it waits with others for one commit, and its request waits for that. Engines *count* for
+it, in a slot. Its caller is *done* with it, after which an engine may still be making a token or two. When both are over it is *settled*,
+again with others, and nobody waits; the slot is free once that is durable. A process that dies at any point leaves slots and journal, and
+`recovery` does the rest.
+
+While the database is away both kinds of writing go to the journal, which is replayed when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from headrace.errors import HeadraceError, StoreUnavailable
+from headrace.ports import Ledger
+from headrace.stores.journal import Journal
+from headrace.stores.replay import replay
+from headrace.stores.slots import SlotFile
+from headrace.types import Report, UsageRow
+
+COMPANY = 0.05
+"""Seconds that settlements wait for others, or for an opening to go with."""
+GROUP = 1000
+"""Most rows in one commit."""
+PATIENCE = 2.0
+"""Seconds that the database may take for a commit before the journal is used instead."""
+RETRY = 1.0
+"""Seconds between attempts to reach a database that is away, or a disk that is full."""
+
+Pricing = Callable[[UsageRow], int | None]
+"""What a row costs, in 10⁻¹² of the currency's unit; None for a model without a price."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A request that is not settled yet."""
+
+    slot: int
+    engines: int = 0
+    """That count for it now: 1, or 0."""
+    counted: bool = False
+    """An engine was asked."""
+    report: Report | None = None
+    done: UsageRow | None = None
+
+
+class Bookkeeper:
+    """`ports.Books` for the journey, `ports.Meters` for the clients of engines.
+
+    `folder` is where the API processes of this machine keep what must outlive them; this one makes a folder of its own in it. Call `start`
+    before anything else, on the event loop. Raises `OSError` if the folder can't be had.
+    """
+
+    def __init__(self, ledger: Ledger, folder: Path, pricing: Pricing = lambda row: None, *, patience: float = PATIENCE) -> None:
+        self.writer = secrets.token_hex(8)
+        """The name that rows carry."""
+        self._folder = folder / self.writer
+        # Under another name until the lock is held: whoever recovers must never find it without.
+        making = folder / f".{self.writer}"
+        making.mkdir(mode=0o700, parents=True)
+        self._slots = SlotFile(making / "slots")
+        making.rename(self._folder)
+        self._ledger = ledger
+        self._pricing = pricing
+        self._patience = patience
+        self._journal = Journal(self._folder)
+        self._entries: dict[str, _Entry] = {}
+        self._opening: list[tuple[UsageRow, asyncio.Future[None]]] = []
+        self._settling: list[tuple[UsageRow, int]] = []
+        """With their slots; 0 is none."""
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._away = False
+        self._writing: asyncio.Task[None] | None = None
+        self._returning: asyncio.Task[None] | None = None
+        self._closing = False
+        self._log = structlog.get_logger("headrace.ledger")
+
+    @property
+    def path(self) -> str:
+        return str(self._folder / "slots")
+
+    @property
+    def away(self) -> bool:
+        """Whether bills go to the journal."""
+        return self._away
+
+    @property
+    def unsettled(self) -> int:
+        """Requests whose bill isn't durable yet."""
+        return len(self._entries) + len(self._settling)
+
+    def start(self) -> None:
+        self._writing = asyncio.create_task(self._write_groups(), name="ledger")
+
+    # The journey's side
+
+    async def open(self, row: UsageRow) -> None:
+        row = msgspec.structs.replace(row, writer=self.writer)
+        entry = _Entry(self._slots.take(row.id))
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entries[row.id] = entry
+        self._opening.append((row, durable))
+        self._due.set()
+        try:
+            await durable
+        except asyncio.CancelledError:
+            # The row may be there by now.
+            self.close(msgspec.structs.replace(row, status="cancelled"))
+            raise
+        except HeadraceError:
+            del self._entries[row.id]
+            self._slots.free(entry.slot)
+            raise
+
+    def close(self, row: UsageRow) -> None:
+        entry = self._entries.get(row.id)
+        if entry is None:
+            self._settle(row, 0)
+            return
+        entry.done = row
+        if not entry.engines:
+            self._finish(row.id, entry)
+
+    # The engines' side
+
+    def begin(self, request_id: str) -> int:
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return -1
+        entry.engines += 1
+        entry.counted = True
+        return entry.slot
+
+    def restart(self, request_id: str, delivered: int) -> None:
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            self._slots.rewind(entry.slot, delivered)
+
+    def ended(self, request_id: str, report: Report | None) -> None:
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return
+        entry.engines -= 1
+        if report is not None:
+            entry.report = report
+        if entry.done is not None and not entry.engines:
+            self._finish(request_id, entry)
+
+    def has_ended(self, request_id: str) -> bool:
+        """Whether the engine's process itself has noted that nothing more comes."""
+        entry = self._entries.get(request_id)
+        return entry is None or self._slots.read(entry.slot).ended
+
+    # Settling
+
+    def _finish(self, request_id: str, entry: _Entry) -> None:
+        del self._entries[request_id]
+        row = entry.done
+        assert row is not None
+        if entry.counted:
+            counts, report = self._slots.read(entry.slot), entry.report
+            row = msgspec.structs.replace(
+                row,
+                prompt_tokens=counts.prompt,
+                cached_tokens=counts.cached,
+                completion_tokens=counts.completion,
+                queue_ms=0.0 if report is None else report.queue_ms,
+                prefill_ms=0.0 if report is None else report.prefill_ms,
+                decode_ms=0.0 if report is None else report.decode_ms,
+            )
+        self._settle(row, entry.slot)
+
+    def _settle(self, row: UsageRow, slot: int) -> None:
+        row = msgspec.structs.replace(row, writer=self.writer, settled_at=time.time(), price=self._pricing(row))
+        self._settling.append((row, slot))
+        if self._closing or len(self._settling) >= GROUP:
+            self._due.set()
+        elif self._timer is None:
+            self._wake_in(COMPANY)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._due.set()
+
+    # Writing
+
+    async def _write_groups(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            while self._opening or self._settling:
+                opening, self._opening = self._opening[:GROUP], self._opening[GROUP:]
+                settling, self._settling = self._settling[:GROUP], self._settling[GROUP:]
+                try:
+                    await self._make_durable([row for row, _ in opening], [row for row, _ in settling])
+                except Exception as error:  # noqa: BLE001  the writer's edge: it must live, and whoever waits must hear of it
+                    self._refuse(opening, error)
+                    self._settling = settling + self._settling
+                    self._wake_in(RETRY)
+                    if not self._opening:
+                        break
+                else:
+                    for _, durable in opening:
+                        if not durable.done():
+                            durable.set_result(None)
+                    for _, slot in settling:
+                        if slot:
+                            self._slots.free(slot)
+
+    async def _make_durable(self, opened: list[UsageRow], settled: list[UsageRow]) -> None:
+        """In the database, or else in the journal. Raises `OSError` where neither will have them."""
+        if not self._away:
+            try:
+                async with asyncio.timeout(self._patience):
+                    await self._ledger.write(opened, settled)
+                return
+            except (StoreUnavailable, TimeoutError) as error:
+                self._go_away(error)
+        await asyncio.to_thread(self._journal.append, [*opened, *settled])
+
+    def _refuse(self, opening: list[tuple[UsageRow, asyncio.Future[None]]], error: Exception) -> None:
+        self._log.error("usage can't be written", reason=f"{type(error).__name__}: {error}", refused=len(opening))
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "see the server's log"
+        for _, durable in opening:
+            if not durable.done():
+                durable.set_exception(StoreUnavailable(f"The request can't be put on the bill now ({reason}).", retry_after=5))
+
+    # The database away, and back
+
+    def _go_away(self, error: Exception) -> None:
+        reason = error.message if isinstance(error, HeadraceError) else f"no commit within {self._patience:g} s"
+        self._log.warning("database away: usage goes to the journal", reason=reason)
+        self._away = True
+        if self._returning is None or self._returning.done():
+            self._returning = asyncio.create_task(self._come_back(), name="ledger replay")
+
+    async def _come_back(self) -> None:
+        """Replay the journal until nothing is left of it and the database takes rows again."""
+        while True:
+            await asyncio.sleep(RETRY)
+            paths = await asyncio.to_thread(self._journal.rotate)
+            try:
+                if paths:
+                    await replay(self._ledger, paths)
+                else:
+                    async with asyncio.timeout(self._patience):
+                        await self._ledger.write([], [])
+            except (StoreUnavailable, TimeoutError, OSError):
+                self._away = True
+                continue
+            if self._away:
+                self._away = False
+                self._log.info("database back: the journal is replayed", files=len(paths))
+            elif not paths:
+                return
+
+    # The end
+
+    async def close_books(self, within: float = 5.0) -> None:
+        """Settle everything; what can't be settled in time, in seconds, is left to whoever recovers. Idempotent."""
+        if self._writing is None:
+            return
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while self.unsettled:
+                    self._due.set()
+                    await asyncio.sleep(0.005)
+        for task in (self._writing, self._returning):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._writing = None
+        self._journal.close()
+        clean = not self.unsettled and not self._journal.rotate()
+        if clean:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._slots.close()

@@ -1,0 +1,116 @@
+"""Settling what dead API processes left: first their journals go into the ledger, then their open rows are settled from their slots."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from headrace.errors import StoreUnavailable
+from headrace.ports import Ledger
+from headrace.stores.bookkeeper import Pricing
+from headrace.stores.journal import files
+from headrace.stores.replay import GROUP, TIMEOUT, replay
+from headrace.stores.slots import LeftSlots
+from headrace.types import UsageRow
+
+ROUND = 5.0
+"""Seconds between looks at what may have been left."""
+RETRY = 0.2
+"""Seconds between looks right after a death, of which there are so many: """
+SOON = 10
+AWAY = 2.0
+"""Seconds until a database that is away is tried again."""
+
+
+class Recovery:
+    """Over the folder in which every `Bookkeeper` of this machine has its own.
+
+    Living API processes, of this server or of another one, are never touched: they hold a lock.
+    """
+
+    def __init__(self, ledger: Ledger, folder: Path, pricing: Pricing = lambda row: None) -> None:
+        self._ledger = ledger
+        self._folder = folder
+        self._pricing = pricing
+        self._wanted = asyncio.Event()
+        self._log = structlog.get_logger("headrace.ledger")
+
+    def want(self) -> None:
+        """An API process has died."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Recover when it is wanted, and now and then, until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), ROUND)
+                self._wanted.clear()
+                # Who was killed lets go of its lock a moment later; a worker, when it has cancelled what nobody wants any more.
+                for _ in range(SOON):
+                    await self._settle_all()
+                    await asyncio.sleep(RETRY)
+            await self._settle_all()
+
+    async def once(self, within: float) -> None:
+        """Recover what can be within so many seconds; the rest waits for the next time."""
+        try:
+            async with asyncio.timeout(within):
+                await self._settle_all()
+        except TimeoutError:
+            self._log.warning("bills of dead processes are not settled yet")
+
+    async def _settle_all(self) -> None:
+        while True:
+            try:
+                for folder in sorted(self._folder.glob("[!.]*/")):
+                    await self.settle(folder)
+            except (StoreUnavailable, TimeoutError) as error:
+                self._log.warning("bills of dead processes wait for the database", reason=str(error))
+                await asyncio.sleep(AWAY)
+            else:
+                return
+
+    async def settle(self, folder: Path) -> bool:
+        """Settle what the API process of that folder left, and remove it. False while it lives, or a worker counts for it.
+
+        Doing it again, after a death in the middle of it, changes nothing that was done. Raises `StoreUnavailable` and `TimeoutError`.
+        """
+        try:
+            left = LeftSlots.claim(folder / "slots")
+        except FileNotFoundError:
+            shutil.rmtree(folder, ignore_errors=True)
+            return True
+        if left is None:
+            return False
+        try:
+            await replay(self._ledger, files(folder))
+            rows = await self._ledger.open_rows(folder.name)
+            for at in range(0, len(rows), GROUP):
+                async with asyncio.timeout(TIMEOUT):
+                    await self._ledger.write([], [self._settled(row, left) for row in rows[at : at + GROUP]])
+            if rows:
+                self._log.info("bills settled", rows=len(rows), writer=folder.name)
+            # The slots last: as long as they are there, somebody will come and look at the rest.
+            (folder / "slots").unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            left.close()
+        return True
+
+    def _settled(self, row: UsageRow, left: LeftSlots) -> UsageRow:
+        counts = left.counts(row.id)
+        row = msgspec.structs.replace(
+            row,
+            prompt_tokens=counts.prompt,
+            cached_tokens=counts.cached,
+            completion_tokens=counts.completion,
+            status="interrupted",
+            settled_at=time.time(),
+        )
+        return msgspec.structs.replace(row, price=self._pricing(row))
