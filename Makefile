@@ -23,7 +23,7 @@ $(STAMP)-serve: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-serve constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group test --group reference
 	@touch $@
 
 serve: $(STAMP)-serve

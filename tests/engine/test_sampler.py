@@ -118,6 +118,16 @@ def test_the_candidates_nearly_always_decide(filters: Filters, most: int) -> Non
     assert places.count(UNDECIDED) <= most
 
 
+@pytest.mark.parametrize("filters", [Filters(1.0, 0.0, 9000, 0.6), Filters(1.0, 0.0, 9000, 0.95), Filters(1.0, 0.0, 3000, 0.95)], ids=str)
+def test_a_nucleus_of_thousands(filters: Filters) -> None:
+    logits = some_logits(2, 0.5, 9000)
+    head = FakeResult(logits[None]).top_ids[0]
+    wanted = plain(logits, *filters)
+    assert np.count_nonzero(wanted) > 2000
+    counts = np.bincount([invert(logits, head, filters, (n + 0.5) / 8000) for n in range(8000)], minlength=9000)
+    assert np.abs(counts / 8000 - wanted).max() <= 1.01 / 8000
+
+
 @pytest.mark.parametrize(
     "asked",
     [

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference_model import Reference
+
+from headrace.engine.openvino_runner import OpenVinoRunner
+from headrace.types import ModelFiles
+
+
+@pytest.fixture(scope="session")
+def default_gguf(default_model: ModelFiles) -> Path:
+    """The file that the default model was converted from."""
+    folder = Path(default_model.folder)
+    (gguf,) = (folder.parents[1] / "files" / folder.name).glob("*.gguf")
+    return gguf
+
+
+@pytest.fixture(scope="session")
+def reference(default_model: ModelFiles, default_gguf: Path) -> Reference:
+    """The default model's weights in the transformers implementation, in float32."""
+    return Reference(default_gguf, Path(default_model.folder) / "openvino_model.xml")
+
+
+@pytest.fixture(scope="session")
+def load_runner(default_model: ModelFiles) -> Iterator[Callable[..., OpenVinoRunner]]:
+    """Loaded runners of the default model, each kind once."""
+    made: dict[tuple[tuple[str, Any], ...], OpenVinoRunner] = {}
+
+    def load(**changes: Any) -> OpenVinoRunner:
+        kind = tuple(sorted(changes.items()))
+        if kind not in made:
+            settings: dict[str, Any] = {
+                "num_blocks": 128, "kv_bytes": None, "context_length": 2048, "max_sequences": 8, "threads": None
+            }  # fmt: skip
+            made[kind] = OpenVinoRunner(default_model.folder, **settings | changes)
+            made[kind].load()
+        return made[kind]
+
+    yield load
+    made.clear()
