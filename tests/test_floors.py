@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headrace"
 
 FLOORS: dict[str, int] = {
     "types": 0,
+    "claims": 0,
     "errors": 0,
     "ports": 0,
     "config": 0,

@@ -36,6 +36,7 @@ from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
 from headrace.served import ServedModel, ServedModels
 from headrace.stores.cache_open import open_cache
+from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limits_open import open_limits
 from headrace.stores.opening import open_stores
 from headrace.stores.sql_keys import SqlKeys
@@ -85,18 +86,13 @@ class SupervisorLink:
         finally:
             del self._asked[number]
 
-    async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
-        """The limits in the supervisor (`stores.shared_limits.LimitPlace`), which lives as long as we do."""
+    async def ask_limits(self, asks: Sequence[Ask]) -> list[Reply]:
+        """A reply to each, from the supervisor's table of limits. It doesn't fail: this process leaves with the supervisor."""
         number = next(self._numbers)
-        answer = self._limits_asked[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
+        self._limits_asked[number] = answer
         self.connection.send(AskLimits(number, list(asks)))
         return await answer
-
-    async def reconnect(self) -> None:
-        """The connection to the supervisor ends with us."""
-
-    async def close(self) -> None:
-        """Likewise."""
 
     def engine_ready(self, model: str, card: EngineCard) -> None:
         """The model's worker said hello to us."""
@@ -111,7 +107,9 @@ class SupervisorLink:
 
     def _received(self, message: ToChild) -> None:
         if isinstance(message, LimitsAnswer):
-            self._limits_asked.pop(message.number).set_result(message.replies)
+            answer = self._limits_asked.pop(message.number)
+            if not answer.done():
+                answer.set_result(message.replies)
         elif isinstance(message, EngineChanged):
             self._engine_changed(message.model, message.status)
         elif isinstance(message, Processes):
@@ -143,6 +141,19 @@ class SupervisorLink:
         asyncio.get_running_loop().call_later(FAREWELL, _leave)
 
 
+class SupervisorsLimits:
+    """`stores.shared_limits.LimitPlace`: `memory://` is in the supervisor, which all API processes share."""
+
+    def __init__(self, link: SupervisorLink) -> None:
+        self.exchange = link.ask_limits
+
+    async def reconnect(self) -> None:
+        """There is nothing to do: it is never away."""
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
+
+
 class ApiServer(uvicorn.Server):
     """uvicorn without its signal handlers: only the supervisor stops an API process. `listening` is set once it serves."""
 
@@ -170,6 +181,8 @@ async def _run(beginning: Beginning) -> None:
             models[files.name] = _serve_model(files, path, link)
         database, pepper = open_stores(config.store)
         cache = open_cache(config)
+        ledger = SqlLedger(database) if config.ledger.ledger == "on" else None
+        limits = open_limits(config.limits.limits_url, SupervisorsLimits(link), ledger=ledger, processes=config.server.max_workers)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
         structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)
@@ -182,10 +195,11 @@ async def _run(beginning: Beginning) -> None:
     served = ServedModels([model for model, _ in models.values()])
     keys = SqlKeys(database)
     callers = Callers(config.access, keys, pepper)
+    claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
     app = create_api(
         config,
         served,
-        Journey.standard(config, served, callers=callers, answers=cache),
+        Journey.standard(config, served, callers=callers, answers=cache, limits=limits, claimants=claimants),
         control=link,
         callers=callers,
         desk=KeyDesk(keys, keys, pepper),
@@ -216,11 +230,17 @@ async def _run(beginning: Beginning) -> None:
     gc.freeze()
     link.connection.send(Alive("ready"))
     await serving
+    await limits.close()
     if cache is not None:
         await cache.close()
     for _, client in models.values():
         await client.close()
     os._exit(0)
+
+
+def beyond_loopback(listening: socket.socket) -> bool:
+    """Whether other machines can reach it."""
+    return not ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
 
 
 async def _watch_certificate(tls: ServerTls) -> None:

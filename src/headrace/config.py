@@ -16,6 +16,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
+from headrace.claims import parse_rate
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -117,6 +119,33 @@ class TlsSection(Section):
     tls_client_ca: Path | None = Field(None, description="PEM file with CAs; clients then need a certificate from one of them")
 
 
+class LimitSection(Section):
+    """What callers may use. Keys and tenants have their own limits."""
+
+    anonymous_limit: str | None = Field(
+        None,
+        description="Requests of an address without a key, such as 10/minute, or none; default is none on loopback, 10/minute beyond",
+    )
+    limits_url: str = Field(
+        "memory://", description="Where limits are counted: memory:// (this server), redis://HOST:6379/0 (shared by servers)"
+    )
+
+    @field_validator("anonymous_limit")
+    @classmethod
+    def _is_a_rate(cls, limit: str | None) -> str | None:
+        if limit is None or limit.strip().lower() == "none":
+            return None if limit is None else "none"
+        parse_rate(limit)
+        return limit
+
+    @field_validator("limits_url")
+    @classmethod
+    def _is_a_place(cls, url: str) -> str:
+        if not re.match(r"memory://$|rediss?://|unix://", url):
+            raise ValueError(f"{url!r} is not a place for limits; there is memory:// and redis://HOST:PORT/NUMBER")
+        return url
+
+
 class ModelSection(Section):
     """What is served."""
 
@@ -201,6 +230,7 @@ class Config(Section):
     store: StoreSection = StoreSection()
     ledger: LedgerSection = LedgerSection()
     tls: TlsSection = TlsSection()
+    limits: LimitSection = LimitSection()
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
     filters: FilterSection = FilterSection()

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from pydantic import SecretStr
 
+from headrace.claims import Ask, Reply
 from headrace.config import Config
 from headrace.types import EngineState, EngineStats, EngineStatus, ModelFiles
 
@@ -82,8 +83,22 @@ class AskProcesses(msgspec.Struct, frozen=True, tag=7):
     number: int
 
 
-ToChild = Setup | EngineChanged | Drain | Stop | Processes
-ToSupervisor = Alive | AskProcesses
+class AskLimits(msgspec.Struct, frozen=True, tag=8):
+    """From an API process: do this with the limits that all share, which the supervisor keeps."""
+
+    number: int
+    asks: list[Ask]
+
+
+class LimitsAnswer(msgspec.Struct, frozen=True, tag=9):
+    """To an API process: a reply to each of the asks."""
+
+    number: int
+    replies: list[Reply]
+
+
+ToChild = Setup | EngineChanged | Drain | Stop | Processes | LimitsAnswer
+ToSupervisor = Alive | AskProcesses | AskLimits
 
 
 def config_to_json(config: Config) -> str:

@@ -13,9 +13,12 @@ from headrace.config import Config
 from headrace.policies.authorize import Authorize
 from headrace.policies.cache import ResponseCache
 from headrace.policies.callers import Callers
+from headrace.policies.claimants import Claimants
 from headrace.policies.identify import Identify
+from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prepare import Prepare
-from headrace.ports import Answers, Step
+from headrace.policies.reserve import Reserve
+from headrace.ports import Answers, Limits, Step
 from headrace.served import ServedModels
 from headrace.types import Call, Event
 
@@ -28,12 +31,28 @@ class Journey:
         self._models = models
 
     @classmethod
-    def standard(cls, config: Config, models: ServedModels, *, callers: Callers | None = None, answers: Answers | None = None) -> Journey:
-        """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept."""
-        steps: list[Step] = [Identify(callers or Callers(config.access)), Authorize(models), Prepare(models, config.server)]
+    def standard(
+        cls,
+        config: Config,
+        models: ServedModels,
+        *,
+        callers: Callers | None = None,
+        answers: Answers | None = None,
+        limits: Limits | None = None,
+        claimants: Claimants | None = None,
+    ) -> Journey:
+        """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
+        without `limits` nobody has any, and `claimants` says whose a call counts for."""
+        claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
+        steps: list[Step] = [Identify(callers or Callers(config.access)), Authorize(models)]
+        if limits is not None:
+            steps.append(LimitRequests(claimants, limits))
+        steps.append(Prepare(models, config.server))
         if answers is not None:
             filters = sha256(config.filters.model_dump_json().encode()).digest()
             steps.append(ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters))
+        if limits is not None:
+            steps.append(Reserve(claimants, limits))
         return cls(steps, models)
 
     async def run(self, call: Call) -> AsyncGenerator[list[Event]]:

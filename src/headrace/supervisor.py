@@ -24,7 +24,18 @@ from headrace import __version__, logs
 from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
 from headrace.children import Child, listing, memory_mib
 from headrace.config import Config
-from headrace.control import AskLimits, AskProcesses, Drain, EngineChanged, LimitsAnswer, Processes, Setup, Stop, ToSupervisor, config_to_json
+from headrace.control import (
+    AskLimits,
+    AskProcesses,
+    Drain,
+    EngineChanged,
+    LimitsAnswer,
+    Processes,
+    Setup,
+    Stop,
+    ToSupervisor,
+    config_to_json,
+)
 from headrace.models.resolve import resolve
 from headrace.stores.cache_open import second_level
 from headrace.stores.limit_table import LimitTable

@@ -1,0 +1,51 @@
+"""For whom a call counts: its key and its tenant, or else its address."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address, ip_address, ip_network
+
+from headrace.claims import Claim, claim_of, parse_rate
+from headrace.types import Call
+
+BEYOND_LOOPBACK = "10/minute"
+"""Anonymous callers' limit on a server that others can reach, unless the configuration says otherwise; the tutorial's."""
+IPV6_NETWORK = 64
+"""Bits of an IPv6 address that are one caller: a household has that many addresses to itself."""
+
+
+class Claimants:
+    """`anonymous_limit`: as configured, `N/second|minute|hour|day`; `none` is no limit, None the default of `beyond_loopback`."""
+
+    def __init__(self, anonymous_limit: str | None, *, beyond_loopback: bool) -> None:
+        if anonymous_limit is None:
+            anonymous_limit = BEYOND_LOOPBACK if beyond_loopback else "none"
+        self._anonymous = None if anonymous_limit == "none" else parse_rate(anonymous_limit)
+
+    @property
+    def limits_anonymous(self) -> bool:
+        return self._anonymous is not None
+
+    def claims(self, call: Call) -> tuple[Claim, ...]:
+        """Those with a limit, the narrowest first; none for most callers."""
+        if call.caller is None:
+            if self._anonymous is None or call.key is not None:
+                return ()
+            requests, window = self._anonymous
+            return (Claim(f"address:{network_of(call.address)}", requests=requests, window=window),)
+        claims = [claim_of(f"key:{call.caller.id}", call.caller.limits)]
+        if call.caller_tenant is not None:
+            claims.append(claim_of(f"tenant:{call.caller_tenant.name}", call.caller_tenant.limits))
+        return tuple(claim for claim in claims if claim.limited)
+
+
+def network_of(address: str) -> str:
+    """What is one anonymous caller: an IPv4 address, or an IPv6 network."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ip_network((parsed, IPV6_NETWORK), strict=False))
+    return str(parsed)

@@ -1,0 +1,29 @@
+"""Refuses callers that are certainly over their limit, before any work on what they sent. Takes nothing and asks nobody."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from headrace.policies.claimants import Claimants
+from headrace.policies.rate_answers import refusal, show_limits
+from headrace.ports import Limits
+from headrace.types import Call
+
+
+class LimitRequests:
+    """Raises `RateLimited`. What it lets through is decided in `reserve`, in one operation over all limits."""
+
+    def __init__(self, claimants: Claimants, limits: Limits) -> None:
+        self._claimants = claimants
+        self._limits = limits
+
+    @asynccontextmanager
+    async def __call__(self, call: Call) -> AsyncIterator[None]:
+        claims = self._claimants.claims(call)
+        if claims:
+            refused, rooms = self._limits.peek(claims)
+            show_limits(call, claims, rooms)
+            if refused is not None:
+                raise refusal(claims, refused)
+        yield

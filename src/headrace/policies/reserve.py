@@ -1,0 +1,103 @@
+"""Admits a call for its key, its tenant or its address: one atomic take before it runs, one settlement when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from headrace.claims import Claim, Take, Taken
+from headrace.errors import HeadraceError
+from headrace.policies.claimants import Claimants
+from headrace.policies.rate_answers import refusal, show_limits
+from headrace.policies.token_lease import LEASE, TokenLease
+from headrace.ports import Limits
+from headrace.types import Call, GenerateRequest
+
+PATIENCE = 5.0
+"""Seconds that a request waits where only the unused leases of running requests are in its way."""
+ASK_AGAIN = 0.05
+CHARACTERS_A_TOKEN = 4
+"""A guess, for engines that template by themselves: their prompts are settled by what they report."""
+
+
+class Reserve:
+    """Raises `RateLimited`, and `StoreUnavailable` where it can't be known what of a budget is spent.
+
+    Comes after all that may set `call.source`: an answer that no engine makes counts as a request, and its tokens are settled at its price.
+    """
+
+    def __init__(self, claimants: Claimants, limits: Limits) -> None:
+        self._claimants = claimants
+        self._limits = limits
+
+    @asynccontextmanager
+    async def __call__(self, call: Call) -> AsyncIterator[None]:
+        claims = self._claimants.claims(call)
+        if not claims:
+            yield
+            return
+        lease = await self._admit(call, claims)
+        try:
+            yield
+        finally:
+            rooms = await self._limits.settle(call.id, used_tokens(call, lease))
+            if rooms is not None:
+                show_limits(call, claims, rooms)
+
+    async def _admit(self, call: Call, claims: tuple[Claim, ...]) -> TokenLease | None:
+        request = call.request
+        if request is None or call.source is not None:
+            await self._take(call, Take(call.id, claims, 0, 0, 0))
+            return None
+        sampling = request.sampling
+        n = sampling.n
+        prompt = prompt_tokens(request)
+        taken = await self._take(call, Take(call.id, claims, prompt, n * min(LEASE, sampling.max_tokens), n * min(1, sampling.max_tokens)))
+        capped = taken.ceiling is not None and taken.ceiling // n < sampling.max_tokens
+        if capped:
+            assert taken.ceiling is not None
+            most = taken.ceiling // n
+            sampling = msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
+            call.request = msgspec.structs.replace(request, sampling=sampling)
+        budget = taken.ceiling is not None
+        lease = TokenLease(call, self._limits, granted=taken.granted, total=n * sampling.max_tokens, budget=budget, capped=capped)
+        call.transforms.append(lease)
+        return lease
+
+    async def _take(self, call: Call, take: Take) -> Taken:
+        waited_since = time.monotonic()
+        while True:
+            reply = await self._limits.take(take)
+            show_limits(call, take.claims, reply.rooms)
+            if isinstance(reply, Taken):
+                return reply
+            if not reply.passing or time.monotonic() - waited_since >= PATIENCE:
+                raise refusal(take.claims, reply, prompt=take.prompt)
+            await asyncio.sleep(ASK_AGAIN)
+
+
+def prompt_tokens(request: GenerateRequest) -> int:
+    """The prompt's tokens; a guess where only the engine can count them."""
+    if request.prompt:
+        return len(request.prompt)
+    characters = sum(len(message.content) for message in request.messages) + len(request.text or "")
+    return -(-characters // CHARACTERS_A_TOKEN)
+
+
+def used_tokens(call: Call, lease: TokenLease | None) -> int:
+    """What the call is to be settled with. Without a report the engine was stopped, and what it made until then isn't known here: it is
+    counted at the most it can have been, so that a budget is never less spent than the bill says."""
+    outcome = call.outcome
+    if outcome.served_from != "engine" or outcome.own_completion_tokens is not None:
+        return outcome.billed_prompt_tokens + outcome.billed_completion_tokens
+    if lease is None:
+        return 0
+    if outcome.report is not None:
+        return outcome.prompt_tokens + outcome.completion_tokens
+    if outcome.first_token_at is None:
+        return 0 if isinstance(outcome.error, HeadraceError) else outcome.prompt_tokens
+    return outcome.prompt_tokens + lease.most_used()
