@@ -5,10 +5,11 @@ import socket
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headrace.address import bind, listen_privately, private_folder, url_of
+from headrace.address import auth_at, bind, listen_privately, private_folder, url_of
 from headrace.config import AccessSection, ServerSection
 from headrace.errors import ConfigError
 
@@ -66,3 +67,28 @@ def test_folders_of_servers_that_were_killed_are_removed(monkeypatch: pytest.Mon
             private_folder()
             assert not killed.exists()
             assert living.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "access", "mode"),
+    [
+        ("127.0.0.1", {}, "open"),
+        ("127.0.0.1", {"api_keys": ("k",)}, "open"),
+        ("127.0.0.1", {"auth": "keys"}, "keys"),
+        ("0.0.0.0", {"api_keys": ("k",)}, "keys"),
+        ("0.0.0.0", {"auth": "keys"}, "keys"),
+        ("0.0.0.0", {"insecure_no_auth": True}, "open"),
+        ("0.0.0.0", {"insecure_no_auth": True, "auth": "keys"}, "keys"),
+        ("0.0.0.0", {"insecure_no_auth": True, "auth": "open"}, "open"),
+    ],
+)
+def test_whether_callers_need_keys(host: str, access: dict[str, Any], mode: str) -> None:
+    configured = AccessSection(**access)
+    with bind(ServerSection(host=host, port=0), configured) as bound:
+        assert auth_at(bound, configured) == mode
+
+
+@pytest.mark.parametrize("access", [{}, {"auth": "open"}, {"auth": "open", "api_keys": ("k",)}])
+def test_an_open_server_beyond_loopback_has_to_be_meant(access: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="insecure-no-auth"):
+        bind(ServerSection(host="0.0.0.0", port=0), AccessSection(**access))

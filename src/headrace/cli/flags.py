@@ -52,6 +52,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("max_workers", int, "API processes (1); all share one engine.", "N", _SERVER),
     Flag("auth", str, "open, or keys: every route needs one, but for health and docs.", "MODE", _SERVER),
     Flag("insecure_no_auth", bool, "Allow an address beyond loopback without keys.", None, _SERVER, one_way=True),
+    Flag("key_cache_ttl", float, "Seconds that known keys go on while the database is away (900).", "SECONDS", _SERVER),
     Flag("max_batch", int, "Most items in one /chat/batch (64).", "N", _SERVER),
     Flag("max_body_mib", float, "Largest request body (8).", "MIB", _SERVER),
     Flag("request_timeout", float, "Seconds a request may take (600).", "SECONDS", _SERVER),

@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 
 from headrace.errors import Forbidden, InvalidParameter
-from headrace.http.admin_wire import NewKey, NewTenant, Rotation, TenantLimits, moment_of
+from headrace.http.admin_wire import NewKey, NewTenant, Rotation, TenantLimits, moment_of, seconds_of
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import decode_json, read_body
 from headrace.http.exchange import exchange_of
@@ -98,18 +98,23 @@ class AdminKeys:
         return json_answer(public_tenant(await self._desk.put_tenant(name, changes, _actor(request))), status=status)
 
     async def _body(self, request: Request) -> Any:
-        body = await read_body(exchange_of(request.scope), request.receive, self._body_limit)
-        return decode_json(body) if body.strip() else None
+        """What was sent, None where nothing was."""
+        exchange = exchange_of(request.scope)
+        if not exchange.content_length and "transfer-encoding" not in request.headers:
+            return None
+        return decode_json(await read_body(exchange, request.receive, self._body_limit))
 
 
 def since_of(text: str) -> float:
     """Unix time of a moment, or of so long ago. Raises `InvalidParameter`."""
-    now = time.time()
     try:
-        moment = moment_of(float(text) if text.replace(".", "", 1).isdigit() else text, now)
+        return time.time() - seconds_of(text)
+    except ValueError:
+        pass
+    try:
+        return moment_of(float(text) if text.replace(".", "", 1).isdecimal() else text, 0.0)
     except ValueError as error:
         raise InvalidParameter(f"since: {error}.", param="since") from None
-    return moment if moment <= now else now - (moment - now)
 
 
 def _actor(request: Request) -> Actor:
