@@ -91,7 +91,8 @@ class Settle(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Charge(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """What was used without a lease here. `id` makes it count once; if a lease has that id, it is settled with it instead."""
+    """What was used without a lease here. `id` makes it count once; if a lease has that id, it is settled with it instead, and where no
+    request is charged the one that was counted with the lease is given back."""
 
     id: str
     claims: tuple[Claim, ...]

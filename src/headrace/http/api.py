@@ -34,8 +34,10 @@ from headrace.http.problems import routing_answer
 from headrace.http.route import Endpoint, ExactRoutes, Route
 from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
+from headrace.http.usage import UsageRoutes
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
+from headrace.ports import Ledger
 from headrace.served import ServedModels
 from headrace.stores.cache_levels import CacheLevels
 from headrace.stores.memory_keys import MemoryKeys
@@ -60,6 +62,7 @@ def create_api(
     callers: Callers | None = None,
     desk: KeyDesk | None = None,
     cache: CacheLevels | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
@@ -81,7 +84,7 @@ def create_api(
         # A redirect would be to the address in the Host header, which anyone can write.
         redirect_slashes=False,
     )
-    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models))
+    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger))
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
@@ -93,14 +96,22 @@ def create_api(
             allow_origins=list(config.server.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Client-Request-Id", "Server-Timing", "Retry-After"],
+            expose_headers=[
+                "X-Request-Id",
+                "X-Client-Request-Id",
+                "Server-Timing",
+                "Retry-After",
+                *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+            ],
         )
     pages = [path for path in (app.docs_url, app.openapi_url) if path is not None]
     app.add_middleware(Edge, proxies=TrustedProxies(config.access.trusted_proxies), metrics=metrics, models=models, pages=pages)
     return app
 
 
-def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk, cache: AdminCache) -> None:
+def _add_routes(
+    app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk, cache: AdminCache, bill: UsageRoutes
+) -> None:
     body_limit = int(serving.config.server.max_body_mib * 1048576)
     openai_chat = ChatCompletions(serving, body_limit)
     openai_completions = Completions(serving, body_limit)
@@ -158,6 +169,8 @@ def _add_routes(app: FastAPI, serving: Serving, metrics: Metrics, callers: Calle
     add("GET", "/admin/ps", admin.ps, "Health", gate=on_the_spot, name="ps", include_in_schema=False)
     add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats", openapi_extra=_SECURED)
     add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
+    add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True), openapi_extra=_SECURED)
+    add("GET", "/admin/usage", bill.all, "Usage", gate=on_the_spot, name="admin_usage", openapi_extra=_SECURED)
     for method, path, endpoint in (
         ("GET", "/admin/keys", keys.list),
         ("POST", "/admin/keys", keys.create),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from headrace.errors import RequestFailed
 from headrace.http.serving import Runs
+from headrace.http.sse import comment
 from headrace.types import Call, Delta, FinishReason, PromptScores, TokenLogprob
 
 
@@ -64,6 +65,11 @@ def timing(calls: Iterable[Call]) -> str:
     prefill = max(report.prefill_ms for report in reports)
     decode = max(report.decode_ms for report in reports)
     return f"queue;dur={queue:.1f}, prefill;dur={prefill:.1f}, decode;dur={decode:.1f}"
+
+
+def notes(calls: Iterable[Call]) -> bytes:
+    """What callers are told of the journey, as comments at the end of a stream."""
+    return b"".join(comment(f"{name}: {value}") for call in calls for name, value in call.notes.items())
 
 
 def timing_headers(calls: Iterable[Call]) -> list[tuple[bytes, bytes]]:

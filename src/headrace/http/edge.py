@@ -30,6 +30,7 @@ def journey_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     said: dict[str, str] = {}
     for call in exchange.calls:
         said.update(call.headers)
+        said.update((name.lower(), value) for name, value in call.notes.items())
     uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
     said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"
     return [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in said.items()]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from headrace.errors import HeadraceError
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import decode_json, read_body
-from headrace.http.collect import collect, finish_for_clients, timing, timing_headers
+from headrace.http.collect import collect, finish_for_clients, notes, timing, timing_headers
 from headrace.http.exchange import Exchange, exchange_of
 from headrace.http.hangup import Watch
 from headrace.http.merge import together
@@ -123,7 +123,7 @@ def _cost(call: Call) -> dict[str, Any]:
 def _done(call: Call) -> bytes:
     said = timing((call,))
     end = named_event(b"done", msgspec.json.encode({**_cost(call), "finish_reason": call.outcome.finish or "stop"}))
-    return (comment(said) if said else b"") + end
+    return notes((call,)) + (comment(said) if said else b"") + end
 
 
 def _failed(error: HeadraceError) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.errors import HeadraceError
-from headrace.http.collect import timing
+from headrace.http.collect import notes, timing
 from headrace.http.openai_wire import usage
 from headrace.http.problems import openai_error
 from headrace.http.serving import Serving
@@ -66,7 +66,7 @@ def closing(head: Head, calls: Sequence[Call], *, include_usage: bool) -> bytes:
     """The end of a stream: usage where it was asked for, the timing, and the word that says it is over."""
     end = head.opening() + b'],"usage":' + msgspec.json.encode(usage_of(calls)) + b"}\n\n" if include_usage else b""
     said = timing(calls)
-    return end + (comment(said) if said else b"") + DONE
+    return end + notes(calls) + (comment(said) if said else b"") + DONE
 
 
 def error_event(error: HeadraceError) -> bytes:

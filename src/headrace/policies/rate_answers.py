@@ -87,7 +87,11 @@ def refusal(claims: Sequence[Claim], refused: Refused, *, prompt: int = 0) -> Ra
     now = time.time()
     end = period_end(claim.period, now)
     of = {"day": " a day", "month": " a month", "total": ""}[claim.period]
-    message = f"The budget of {whose} is {_times(claim.budget, 'token')}{of}; what is left of it is not enough for this request."
+    room = refused.rooms[refused.which]
+    left = max(0, claim.budget - room.spent - room.held)
+    message = f"The budget of {whose} is {_times(claim.budget, 'token')}{of}; {left} are left, and this prompt alone has {prompt}."
+    if prompt >= claim.budget:
+        return RateLimited(f"{message} Shorten it.", retry_after=LATER)
     return RateLimited(message, retry_after=SOON if refused.passing else LATER if end is None else end - now)
 
 

@@ -69,15 +69,22 @@ class Reserve:
         return lease
 
     async def _take(self, call: Call, take: Take) -> Taken:
-        waited_since = time.monotonic()
+        """Wait for a whole first lease where running requests may give it back; take a part of one where there is no more."""
+        patient_until = time.monotonic() + PATIENCE
+        whole = msgspec.structs.replace(take, least=take.output)
+        asked = whole
         while True:
-            reply = await self._limits.take(take)
+            reply = await self._limits.take(asked)
             show_limits(call, take.claims, reply.rooms)
             if isinstance(reply, Taken):
                 return reply
-            if not reply.passing or time.monotonic() - waited_since >= PATIENCE:
+            if reply.passing and time.monotonic() < patient_until:
+                await asyncio.sleep(ASK_AGAIN)
+                asked = whole
+            elif asked is whole and reply.dimension in ("tokens", "budget") and take.least < take.output:
+                asked = take
+            else:
                 raise refusal(take.claims, reply, prompt=take.prompt)
-            await asyncio.sleep(ASK_AGAIN)
 
 
 def prompt_tokens(request: GenerateRequest) -> int:

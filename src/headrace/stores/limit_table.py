@@ -250,6 +250,8 @@ class LimitTable:
             return Settled()
         self._charged[ask.id] = now + LAPSED_SECONDS
         if ask.id in self:
+            if not ask.requests:
+                self._uncount(ask.claims, now)
             return self._settle(ask.id, ask.used, now)
         subjects = tuple(self._subject(claim.subject) for claim in ask.claims)
         for claim, subject in zip(ask.claims, subjects, strict=True):
@@ -260,6 +262,14 @@ class LimitTable:
                 subject.tokens.level = max(-claim.tokens, subject.tokens.level - ask.used)
             subject.spent += ask.used
         return Settled(self._rooms(ask.claims, subjects))
+
+    def _uncount(self, claims: tuple[Claim, ...], now: float) -> None:
+        """A request that was admitted here was refused by who asked: the answer had been lost."""
+        for claim in claims:
+            subject = self._subject(claim.subject)
+            _refill(claim, subject, now)
+            if subject.requests is not None and claim.requests is not None:
+                subject.requests.level = min(claim.requests, subject.requests.level + 1)
 
     def _renew(self, ask: Renew, now: float) -> Settled:
         for id in ask.ids:

@@ -248,6 +248,12 @@ end
 
 local function charge(id, claims, requests, used)
   if redis.call('EXISTS', prefix .. ':l:' .. id) == 1 then
+    if requests == 0 then
+      for _, s in ipairs(loaded(claims)) do
+        if s.rl then s.rl = math.min(s.requests, s.rl + 1) end
+        save(s)
+      end
+    end
     local settled = settle(id, used)
     redis.call('SET', prefix .. ':d:' .. id, '', 'EX', lapsed_seconds)
     return settled
