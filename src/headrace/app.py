@@ -23,6 +23,7 @@ import uvloop
 
 from headrace import logs
 from headrace.claims import Ask, Reply
+from headrace.config import Config
 from headrace.control import Alive, AskLimits, AskProcesses, Beginning, Drain, EngineChanged, LimitsAnswer, Processes, ToChild, begin
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
@@ -34,8 +35,12 @@ from headrace.models.tokenizer import load_tokenizer
 from headrace.policies.callers import Callers
 from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
+from headrace.policies.prices import Prices
+from headrace.ports import Ledger, Meters
 from headrace.served import ServedModel, ServedModels
+from headrace.stores.bookkeeper import Bookkeeper
 from headrace.stores.cache_open import open_cache
+from headrace.stores.data_dir import journal_folder
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limits_open import open_limits
 from headrace.stores.opening import open_stores
@@ -177,11 +182,12 @@ async def _run(beginning: Beginning) -> None:
     models: dict[str, tuple[ServedModel, EngineClient]] = {}
     link = SupervisorLink(models, setup.started_at)
     try:
-        for files, path in zip(setup.models, setup.sockets, strict=True):
-            models[files.name] = _serve_model(files, path, link)
         database, pepper = open_stores(config.store)
         cache = open_cache(config)
         ledger = SqlLedger(database) if config.ledger.ledger == "on" else None
+        books = None if ledger is None else open_books(ledger, config)
+        for files, path in zip(setup.models, setup.sockets, strict=True):
+            models[files.name] = _serve_model(files, path, link, books)
         limits = open_limits(config.limits.limits_url, SupervisorsLimits(link), ledger=ledger, processes=config.server.max_workers)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
@@ -190,6 +196,8 @@ async def _run(beginning: Beginning) -> None:
         link.connection.send(Alive("failed", error.message, fatal=True))
         await asyncio.sleep(0.05)
         os._exit(3)
+    if books is not None:
+        books.start()
     for _, client in models.values():
         client.connect()
     served = ServedModels([model for model, _ in models.values()])
@@ -199,11 +207,12 @@ async def _run(beginning: Beginning) -> None:
     app = create_api(
         config,
         served,
-        Journey.standard(config, served, callers=callers, answers=cache, limits=limits, claimants=claimants),
+        Journey.standard(config, served, callers=callers, answers=cache, limits=limits, claimants=claimants, books=books),
         control=link,
         callers=callers,
         desk=KeyDesk(keys, keys, pepper),
         cache=cache,
+        ledger=ledger,
     )
     uvicorn_config = uvicorn.Config(
         app,
@@ -230,6 +239,8 @@ async def _run(beginning: Beginning) -> None:
     gc.freeze()
     link.connection.send(Alive("ready"))
     await serving
+    if books is not None:
+        await books.close_books()
     await limits.close()
     if cache is not None:
         await cache.close()
@@ -258,8 +269,22 @@ async def _watch_certificate(tls: ServerTls) -> None:
             said = error.message
 
 
-def _serve_model(files: ModelFiles, path: str, link: SupervisorLink) -> tuple[ServedModel, EngineClient]:
-    client = EngineClient(path, on_ready=lambda card: link.engine_ready(files.name, card), on_lost=lambda: link.engine_lost(files.name))
+def open_books(ledger: Ledger, config: Config) -> Bookkeeper:
+    """This process's hand in the ledger. Raises `ConfigError` where the data folder won't have what it writes there."""
+    folder = journal_folder(config.store)
+    try:
+        return Bookkeeper(ledger, folder, Prices(config.ledger))
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be used: {error.strerror or error}. Bills are kept there while the database is away.") from error
+
+
+def _serve_model(files: ModelFiles, path: str, link: SupervisorLink, meters: Meters | None) -> tuple[ServedModel, EngineClient]:
+    client = EngineClient(
+        path,
+        on_ready=lambda card: link.engine_ready(files.name, card),
+        on_lost=lambda: link.engine_lost(files.name),
+        meters=meters,
+    )
     if files.kind == "remote":
         return ServedModel(files, client), client
     return ServedModel(files, client, load_tokenizer(files), load_template(files)), client

@@ -32,7 +32,7 @@ from headrace.engine.frames import (
 )
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, revive
 from headrace.ports import Meters
-from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
+from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, Report
 
 GRACE = 1.0
 """Seconds after a deadline in which the worker may still end a request itself, and say where the time went."""
@@ -45,7 +45,7 @@ MAX_SUBMISSIONS = 3
 class _Stream:
     """A request of this API process, from `generate` to its end."""
 
-    __slots__ = ("began", "deadline", "done", "error", "handle", "pending", "request", "slot", "submissions", "timer", "waiter")
+    __slots__ = ("began", "deadline", "done", "error", "handle", "pending", "request", "seen", "slot", "submissions", "timer", "waiter")
 
     def __init__(self, request: GenerateRequest, handle: int, now: float, patience: float) -> None:
         self.request = request
@@ -56,6 +56,8 @@ class _Stream:
         self.began = False
         """True once the worker has sent anything for it."""
         self.submissions = 0
+        self.seen = 0
+        """Tokens that were read, of a request that is counted."""
         self.slot: int | None = None
         """Where it is counted, from the first submission to the last engine's end; -1 for a request that is on no bill."""
         self.done = False
@@ -180,6 +182,8 @@ class EngineClient:
                 if stream.pending:
                     batch = stream.pending
                     stream.pending = []
+                    if stream.slot is not None and stream.slot >= 0:
+                        stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
                     yield batch
                 elif stream.done:
                     return
@@ -232,11 +236,11 @@ class EngineClient:
             self._left[stream.handle] = stream
             self._connection.send(Cancel(stream.handle))
 
-    def _counted(self, stream: _Stream, report: Report | None) -> None:
+    def _counted(self, stream: _Stream, report: Report | None, *, cut: bool = False) -> None:
         """No engine counts for the request any more."""
         slot, stream.slot = stream.slot, None
         if self._meters is not None and slot is not None and slot >= 0:
-            self._meters.ended(stream.request.id, report)
+            self._meters.ended(stream.request.id, report, stream.seen if cut else None)
 
     async def _await_counts(self, streams: list[_Stream], pid: int) -> None:
         """After a lost connection: a worker that lives has cancelled these, and counts until that takes hold."""
@@ -244,7 +248,7 @@ class EngineClient:
         for stream in streams:
             while not self._meters.has_ended(stream.request.id) and _lives(pid):  # noqa: ASYNC110  (neither tells us)
                 await asyncio.sleep(ADRIFT)
-            self._counted(stream, None)
+            self._counted(stream, None, cut=True)
 
     def _at_deadline(self, stream: _Stream) -> None:
         if stream.handle in self._waiting:
@@ -299,7 +303,7 @@ class EngineClient:
                 if stream is None:
                     # The report was under way when it was cancelled, and the worker found nothing to cancel.
                     if type(report := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
-                        self._counted(left, report)
+                        self._counted(left, report, cut=True)
                     continue
                 stream.began = True
                 if stream.pending:
@@ -319,11 +323,11 @@ class EngineClient:
                 self._counted(stream, None)
                 stream.fail(revive(message.code, message.message, message.param, message.retry_after))
             elif (left := self._left.pop(message.handle, None)) is not None:
-                self._counted(left, None)
+                self._counted(left, None, cut=True)
         elif isinstance(message, Ended):
             left = self._left.pop(message.handle, None)
             if left is not None:
-                self._counted(left, message.report)
+                self._counted(left, message.report, cut=True)
         elif isinstance(message, Hello):
             self._hello(message, connection)
         elif isinstance(message, Stats):

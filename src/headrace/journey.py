@@ -15,10 +15,11 @@ from headrace.policies.cache import ResponseCache
 from headrace.policies.callers import Callers
 from headrace.policies.claimants import Claimants
 from headrace.policies.identify import Identify
+from headrace.policies.ledger import KeepBooks
 from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
-from headrace.ports import Answers, Limits, Step
+from headrace.ports import Answers, Books, Limits, Step
 from headrace.served import ServedModels
 from headrace.types import Call, Event
 
@@ -40,9 +41,10 @@ class Journey:
         answers: Answers | None = None,
         limits: Limits | None = None,
         claimants: Claimants | None = None,
+        books: Books | None = None,
     ) -> Journey:
         """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
-        without `limits` nobody has any, and `claimants` says whose a call counts for."""
+        without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed."""
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
         steps: list[Step] = [Identify(callers or Callers(config.access)), Authorize(models)]
         if limits is not None:
@@ -53,6 +55,8 @@ class Journey:
             steps.append(ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters))
         if limits is not None:
             steps.append(Reserve(claimants, limits))
+        if books is not None:
+            steps.append(KeepBooks(books, config.ledger.currency))
         return cls(steps, models)
 
     async def run(self, call: Call) -> AsyncGenerator[list[Event]]:

@@ -291,10 +291,12 @@ class Books(Protocol):
         """Returns once the row is durable. Raises `StoreUnavailable` if it can't be made so, and `Overloaded`."""
         ...
 
-    def close(self, row: UsageRow) -> None:
+    def close(self, row: UsageRow, shared_with: str = "") -> None:
         """The request is over for its caller: settle it as soon as no engine works on it any more. Never waits.
 
-        If an engine counted, the counts and times are the engine's; else they are the row's own.
+        If an engine counted, the counts and times are the engine's; else they are the row's own. `shared_with` is the request that an
+        engine was asked for, where several share one generation: then the counts are each row's own, and the last row to be closed has what
+        the engine made beyond what any of them saw.
         """
         ...
 
@@ -323,8 +325,8 @@ class Meters(Protocol):
         """Whether the engine's process itself has noted that nothing more comes."""
         ...
 
-    def ended(self, request_id: str, report: Report | None) -> None:
-        """No engine counts for it any more."""
+    def ended(self, request_id: str, report: Report | None, seen: int | None = None) -> None:
+        """No engine counts for it any more. `seen`: tokens of completion that were read, where not all of them were."""
         ...
 
 

@@ -37,12 +37,19 @@ from headrace.control import (
     config_to_json,
 )
 from headrace.models.resolve import resolve
+from headrace.policies.prices import Prices
 from headrace.stores.cache_open import second_level
+from headrace.stores.data_dir import database_url, journal_folder
+from headrace.stores.database import Database
+from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limit_table import LimitTable
 from headrace.stores.opening import prepare_stores
+from headrace.stores.recovery import Recovery
 from headrace.tls import check_tls
 from headrace.types import ModelFiles
 
+RECOVERY_TIMEOUT = 20.0
+"""Seconds that a start waits for the bills that an earlier server left; the rest of them is settled while it serves."""
 END_TIMEOUT = 3.0
 """Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
 
@@ -75,6 +82,11 @@ def serve(config: Config) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
+
+
+def open_recovery(config: Config) -> Recovery:
+    """Settles what API processes leave when they die, this server's and those of servers before it."""
+    return Recovery(SqlLedger(Database(database_url(config.store))), journal_folder(config.store), Prices(config.ledger))
 
 
 class Supervisor:
@@ -121,6 +133,7 @@ class Supervisor:
             )
             for _ in range(config.server.max_workers)
         ]
+        self._recovery = open_recovery(config) if config.ledger.ledger == "on" else None
         self._log = structlog.get_logger("headrace.supervisor")
 
     async def run(self) -> int:
@@ -130,6 +143,10 @@ class Supervisor:
         except OSError as error:
             raise cannot_bind(self._config.server, error) from error
         self._catch_signals()
+        if self._recovery is not None:
+            # First: budgets begin with what the ledger says.
+            await self._recovery.once(RECOVERY_TIMEOUT)
+        recovering = asyncio.create_task(self._recover(), name="recovery")
         children = [self._worker, *self._apis]
         keepers = [asyncio.create_task(child.keep(), name=child.name) for child in children]
         announcer = asyncio.create_task(self._announce())
@@ -141,15 +158,21 @@ class Supervisor:
                     if keeper in done:
                         keeper.result()
             await self._stop()
+            if self._recovery is not None:
+                await self._recovery.once(END_TIMEOUT)
         finally:
             for child in children:
                 child.retire()
                 child.kill()
-            for task in (announcer, signalled, *keepers):
+            for task in (announcer, signalled, recovering, *keepers):
                 task.cancel()
-            await asyncio.gather(announcer, signalled, *keepers, return_exceptions=True)
+            await asyncio.gather(announcer, signalled, recovering, *keepers, return_exceptions=True)
             self._engine_listening.close()
         return 0
+
+    async def _recover(self) -> None:
+        if self._recovery is not None:
+            await self._recovery.run()
 
     # Beginning
 
@@ -201,6 +224,8 @@ class Supervisor:
 
     def _api_died(self, pid: int) -> None:
         self._limits.lapse(pid)
+        if self._recovery is not None:
+            self._recovery.want()
         for path in self._figures.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 

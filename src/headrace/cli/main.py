@@ -7,7 +7,7 @@ import sys
 import typer
 
 from headrace import __version__
-from headrace.cli import audit, bench, cache, chat, doctor, keys, models, ps, pull, serve, tenants
+from headrace.cli import audit, bench, cache, chat, doctor, keys, models, ps, pull, serve, tenants, usage
 from headrace.cli import config as show_config
 from headrace.errors import ConfigError, HeadraceError
 
@@ -46,6 +46,7 @@ app.add_typer(keys.app)
 app.add_typer(tenants.app)
 app.add_typer(cache.app)
 app.command("audit")(audit.audit)
+app.command("usage")(usage.usage)
 app.command("config")(show_config.config)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from starlette.types import Scope as AsgiScope
 
+from headrace.errors import Forbidden
 from headrace.http.client_address import is_loopback
 from headrace.http.exchange import Exchange
 from headrace.policies.callers import Callers, anonymous
-from headrace.types import Scope
+from headrace.types import Caller, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Gate:
     scope: Scope
     always: bool = False
     """A key is needed even where keys are optional."""
+    also: Scope | None = None
+    """Another scope that will do."""
     local: bool = False
     """Where keys are optional, callers on this machine need none, unless they came through a proxy."""
 
@@ -31,6 +34,14 @@ class Gate:
             if client and is_loopback(client[0]):
                 exchange.caller = anonymous(exchange.address)
                 return
+        try:
+            exchange.caller = await self._admit(exchange, self.scope)
+        except Forbidden:
+            if self.also is None:
+                raise
+            exchange.caller = await self._admit(exchange, self.also)
+
+    async def _admit(self, exchange: Exchange, scope: Scope) -> Caller:
         token, address = exchange.token, exchange.address
-        caller = self.callers.quick(token, address, self.scope, required=self.always)
-        exchange.caller = caller or await self.callers.admit(token, address, self.scope, required=self.always)
+        caller = self.callers.quick(token, address, scope, required=self.always)
+        return caller or await self.callers.admit(token, address, scope, required=self.always)

@@ -17,7 +17,7 @@ from headrace.types import Call, UsageRow
 class KeepBooks:
     """Opens a row, and closes it by `call.outcome`. Raises `StoreUnavailable` and `Overloaded`: what can't be billed doesn't run.
 
-    An answer that needs no engine (`call.source` is set) is noted when it is over; nobody waits for that.
+    An answer from the cache that costs nothing is noted when it is over; nobody waits for that.
     """
 
     def __init__(self, books: Books, currency: str) -> None:
@@ -35,31 +35,31 @@ class KeepBooks:
             choices=call.sampling.n,
             currency=self._currency,
         )
-        cached = call.source is not None
-        if not cached:
+        if call.source is None or call.outcome.cached_price:
             await self._books.open(row)
         try:
             yield
         finally:
-            self._books.close(_closed(row, call, cached=cached))
+            self._books.close(_closed(row, call), call.outcome.engine_request)
 
 
-def _closed(row: UsageRow, call: Call, *, cached: bool) -> UsageRow:
+def _closed(row: UsageRow, call: Call) -> UsageRow:
     outcome = call.outcome
-    counted = not cached and (outcome.report is not None or outcome.completion_tokens > 0)
     report = outcome.report
+    own = outcome.served_from == "engine"
+    counted = not own or report is not None or outcome.completion_tokens > 0
     return msgspec.structs.replace(
         row,
         # The model that really served, where a later step chose another one.
         model=call.served_model or row.model,
         finish=outcome.finish or "",
-        status=_status(outcome.error, cached=cached),
-        prompt_tokens=outcome.prompt_tokens if counted else 0,
-        cached_tokens=outcome.cached_tokens if counted else 0,
-        completion_tokens=outcome.completion_tokens if counted else 0,
-        queue_ms=report.queue_ms if counted and report is not None else 0.0,
-        prefill_ms=report.prefill_ms if counted and report is not None else 0.0,
-        decode_ms=report.decode_ms if counted and report is not None else 0.0,
+        status=_status(outcome.error, cached=outcome.served_from == "cache"),
+        prompt_tokens=outcome.billed_prompt_tokens if counted else 0,
+        cached_tokens=min(outcome.cached_tokens, outcome.billed_prompt_tokens) if counted and own else 0,
+        completion_tokens=outcome.billed_completion_tokens if counted else 0,
+        queue_ms=report.queue_ms if own and report is not None else 0.0,
+        prefill_ms=report.prefill_ms if own and report is not None else 0.0,
+        decode_ms=report.decode_ms if own and report is not None else 0.0,
     )
 
 

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -53,6 +53,10 @@ class _Entry:
     """An engine was asked."""
     report: Report | None = None
     done: UsageRow | None = None
+    sharers: list[UsageRow] = field(default_factory=list)
+    """Rows that were closed while the one generation that they share was under way, with their own counts."""
+    unseen: int = 0
+    """Tokens of completion that the engine made and none of those who share them saw."""
 
 
 class Bookkeeper:
@@ -124,7 +128,15 @@ class Bookkeeper:
             self._slots.free(entry.slot)
             raise
 
-    def close(self, row: UsageRow) -> None:
+    def close(self, row: UsageRow, shared_with: str = "") -> None:
+        if shared_with:
+            first = self._entries.get(shared_with)
+            if first is not None and first.engines:
+                # Until it ends the slot is on the bill of the first: who dies now leaves one open row that has it all.
+                first.sharers.append(row)
+            else:
+                self._close_sharer(row, first if shared_with == row.id else None)
+            return
         entry = self._entries.get(row.id)
         if entry is None:
             self._settle(row, 0)
@@ -148,14 +160,20 @@ class Bookkeeper:
         if entry is not None:
             self._slots.rewind(entry.slot, delivered)
 
-    def ended(self, request_id: str, report: Report | None) -> None:
+    def ended(self, request_id: str, report: Report | None, seen: int | None = None) -> None:
         entry = self._entries.get(request_id)
         if entry is None:
             return
         entry.engines -= 1
         if report is not None:
             entry.report = report
-        if entry.done is not None and not entry.engines:
+        if entry.engines:
+            return
+        if seen is not None:
+            entry.unseen = self._slots.read(entry.slot).completion - seen
+        if entry.sharers:
+            self._finish_sharers(request_id, entry)
+        elif entry.done is not None:
             self._finish(request_id, entry)
 
     def has_ended(self, request_id: str) -> bool:
@@ -181,6 +199,26 @@ class Bookkeeper:
                 decode_ms=0.0 if report is None else report.decode_ms,
             )
         self._settle(row, entry.slot)
+
+    def _finish_sharers(self, request_id: str, entry: _Entry) -> None:
+        rows, entry.sharers = entry.sharers, []
+        *others, last = rows
+        # The first one's slot is freed only once all that was counted in it is on somebody's bill.
+        for row in sorted(others, key=lambda row: row.id == request_id):
+            self._close_sharer(row, None)
+        if not others and last.id == request_id:
+            entry.done = last
+            self._finish(request_id, entry)
+        else:
+            self._close_sharer(last, entry)
+
+    def _close_sharer(self, row: UsageRow, entry: _Entry | None) -> None:
+        """`entry`: that of the generation, if its unseen tokens are on this row's bill."""
+        if entry is not None and entry.unseen:
+            row = msgspec.structs.replace(row, completion_tokens=row.completion_tokens + entry.unseen)
+            entry.unseen = 0
+        own = self._entries.pop(row.id, None)
+        self._settle(row, 0 if own is None else own.slot)
 
     def _settle(self, row: UsageRow, slot: int) -> None:
         row = msgspec.structs.replace(row, writer=self.writer, settled_at=time.time(), price=self._pricing(row))

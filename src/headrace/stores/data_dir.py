@@ -29,6 +29,11 @@ def database_url(store: StoreSection) -> str:
     return store.database_url or f"sqlite:///{store.data_dir.expanduser().absolute()}/headrace.db"
 
 
+def journal_folder(store: StoreSection) -> Path:
+    """Where API processes keep what must outlive them: counters, and bills while the database is away."""
+    return store.data_dir.expanduser().absolute() / "journal"
+
+
 def load_pepper(folder: Path) -> bytes:
     """The secret that keys are digested with, made on first use; of several starters all get the same one. Raises `ConfigError`."""
     path = folder / "pepper"
