@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+from headrace.config import ServerSection
 from headrace.journey import Journey
+from headrace.models.byte_tokenizer import ByteTokenizer
 from headrace.policies.cache import ResponseCache
 from headrace.policies.prepare import Prepare
-from headrace.config import ServerSection
-from headrace.models.byte_tokenizer import ByteTokenizer
 from headrace.served import ServedModel, ServedModels
 from headrace.types import CacheTags, Call, Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
 

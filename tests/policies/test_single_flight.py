@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from answers_in_memory import ToldEngine, greedy, told_journey, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answers_in_memory import ToldEngine, greedy, told_journey, until
 from headrace.errors import DeadlineExceeded, RateLimited, RequestFailed
 from headrace.journey import Journey
 from headrace.types import Call, Delta, Event
@@ -41,7 +41,7 @@ async def join(journey: Journey, engine: ToldEngine, call: Call) -> Reader:
     """A reader whose journey has come to the engine, or to another's generation."""
     reader = Reader(journey, call)
     await until(lambda: call.outcome.engine_request)
-    await until(lambda: engine.speaking)
+    await until(lambda: call.outcome.engine_request in {request.id for request in engine.requests})
     return reader
 
 
@@ -220,14 +220,13 @@ def test_every_token_is_billed_once_whoever_comes_and_goes(joins: list[int], lea
             for n, at in enumerate(joins):
                 if at == step:
                     members[n] = await join(journey, engine, calls[n])
-                    await until(lambda n=n: calls[n].outcome.engine_request)
             here = [member for member in members if member is not None and not member.task.done()]
             if here:
                 generation = len(engine.speaking) - 1
                 before = len(here[0].text)
                 engine.say(made.get(generation, 0), "x")
                 made[generation] = made.get(generation, 0) + 1
-                await until(lambda: all(len(member.text) == made[generation] for member in here))
+                await until(lambda g=generation, here=here: all(len(member.text) == made[g] for member in here))
                 assert before < made[generation]
             for n, member in enumerate(members):
                 if member is not None and leaves[n] == step:

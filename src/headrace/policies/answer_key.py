@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from hashlib import sha256
+from hashlib import blake2b
 
 import msgspec
 
@@ -22,6 +22,12 @@ def answer_key(request: GenerateRequest, *, tenant: str, model: str, fingerprint
     filters. The request's id and deadline don't count. The template's part is in the prompt's tokens. Raises `UnicodeEncodeError` for
     text with half a surrogate pair.
     """
+    sampling = request.sampling
+    bias: list[tuple[int, float]] = []
+    if sampling.logit_bias:
+        # The encoder sorts dictionaries by text alone.
+        bias = sorted(sampling.logit_bias.items())
+        sampling = msgspec.structs.replace(sampling, logit_bias={})
     what = (
         FORMAT,
         salt,
@@ -29,9 +35,10 @@ def answer_key(request: GenerateRequest, *, tenant: str, model: str, fingerprint
         request.tenant,
         model,
         fingerprint,
-        array("q", request.prompt).tobytes(),
+        array("i", request.prompt).tobytes(),
         request.messages,
         request.text,
-        request.sampling,
+        sampling,
+        bias,
     )
-    return sha256(_encode(what)).digest()
+    return blake2b(_encode(what), digest_size=32).digest()

@@ -10,6 +10,7 @@ import msgspec
 
 from headrace.config import ServerSection
 from headrace.errors import ContextLengthExceeded, InvalidParameter, TooManyTokens, Unsupported
+from headrace.policies.prompt_memo import PromptMemo
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, EngineCard, GenerateRequest, Message, Sampling
 
@@ -40,6 +41,7 @@ class Prepare:
     def __init__(self, models: ServedModels, server: ServerSection) -> None:
         self._models = models
         self._timeout = server.request_timeout
+        self._memo = PromptMemo()
 
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
@@ -70,6 +72,17 @@ class Prepare:
         yield
 
     async def _prompt(self, call: Call, model: ServedModel, limit: int) -> list[int]:
+        if call.tokens is not None:
+            return await self._encoded(call, model, limit)
+        key = (model.files.name, call.tenant, limit, call.messages, call.text)
+        prompt = self._memo.get(key)
+        if prompt is None:
+            prompt = await self._encoded(call, model, limit)
+            size = len(call.text) if call.text is not None else sum(len(message.content) for message in call.messages or ())
+            self._memo.put(key, size, prompt)
+        return prompt
+
+    async def _encoded(self, call: Call, model: ServedModel, limit: int) -> list[int]:
         try:
             if call.messages is not None:
                 return await encode_messages(model, call.messages, limit=limit)

@@ -8,7 +8,7 @@ import msgspec
 
 from headrace.types import Call, Delta, Event, PromptScores, Report
 
-PIECE = 16
+PIECE = 32
 """Tokens of a choice that one stored delta holds, at least: so many come at once when an answer is streamed again."""
 
 

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.config import CacheSection, Config, ServerSection, StoreSection
+from headrace.errors import ConfigError, StoreUnavailable
+from headrace.stores.cache_levels import READ_TIMEOUT, CacheLevels
+from headrace.stores.cache_memory import MemoryCache
+from headrace.stores.cache_open import open_cache
+from headrace.stores.cache_redis import RedisCache
+from headrace.stores.cache_sqlite import SqliteCache
+from headrace.types import CacheTags
+from real_servers import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1048576
+ADA = CacheTags("ada", "m", "key_1")
+BOB = CacheTags("bob", "m")
+
+
+def process(path: Path, **more: object) -> CacheLevels:
+    """The levels of one API process of several."""
+    return CacheLevels(MemoryCache(MIB), SqliteCache(path, MIB), name="sqlite", ttl=60, **more)  # type: ignore[arg-type]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def written(levels: CacheLevels, count: int) -> None:
+    await until(lambda: levels.counts.writes == count)
+
+
+async def test_what_one_process_keeps_another_finds_and_then_has_in_memory(tmp_path: Path) -> None:
+    one, two = process(tmp_path / "c.db"), process(tmp_path / "c.db")
+    one.keep(b"k", b"value", ADA)
+    assert one.recall(b"k") == b"value"
+    await written(one, 1)
+    assert two.recall(b"k") is None
+    assert await two.fetch(b"k") == (b"value", "sqlite")
+    assert two.recall(b"k") == b"value"
+    assert await two.fetch(b"other") is None
+    assert (two.counts.second_hits, two.counts.memory_hits, two.counts.misses) == (1, 1, 1)
+    assert {name: size.entries for name, size in (await two.sizes()).items() if size} == {"memory": 1, "sqlite": 1}
+    await one.close()
+    await two.close()
+
+
+async def test_an_answer_that_moves_up_does_not_live_longer(tmp_path: Path) -> None:
+    now = [time.time()]
+    one, two = process(tmp_path / "c.db"), process(tmp_path / "c.db", clock=lambda: now[0])
+    one.keep(b"k", b"value", ADA)
+    await written(one, 1)
+    now[0] += 59
+    assert await two.fetch(b"k") is not None
+    two._memory._clock = lambda: time.monotonic() + 2  # two seconds later
+    assert two.recall(b"k") is None
+    now[0] += 2
+    assert await two.fetch(b"k") is None
+    await one.close()
+    await two.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+async def test_a_purge_reaches_other_processes_memory(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    def levels() -> CacheLevels:
+        if kind == "sqlite":
+            return process(tmp_path / "c.db")
+        return CacheLevels(MemoryCache(MIB), RedisCache(request.getfixturevalue("redis_url")), name="redis", ttl=60)
+
+    one, two = levels(), levels()
+    await one.purge()
+    one.keep(b"a", b"1", ADA)
+    one.keep(b"b", b"2", BOB)
+    await written(one, 2)
+    await two.fetch(b"nothing")
+    await until(lambda: two._mark is not None)  # it looks for purges from now on
+    for key in (b"a", b"b"):
+        assert await two.fetch(key) is not None
+    purges = two.purges
+    begun = time.monotonic()
+    assert await one.purge(tenant="ada") == 1
+    await until(lambda: two.recall(b"a") is None)
+    assert time.monotonic() - begun < 10
+    assert two.purges == purges + 1
+    assert one.recall(b"a") is None
+    assert await one.fetch(b"a") is None
+    assert await two.fetch(b"a") is None
+    assert await two.fetch(b"b") == (b"2", kind)
+    assert one.recall(b"b") == b"2"
+    await one.close()
+    await two.close()
+
+
+async def test_redis_that_stops_is_a_miss_at_once_and_comes_back() -> None:
+    with RedisServer() as server:
+        levels = CacheLevels(MemoryCache(MIB), RedisCache(server.url), name="redis", ttl=60)
+        levels.keep(b"k", b"value", ADA)
+        await written(levels, 1)
+        levels._memory.clear()
+        server.stop()
+        assert await levels.fetch(b"k") is None
+        assert levels.counts.errors >= 1
+        begun = time.monotonic()
+        for _ in range(100):
+            assert await levels.fetch(b"k") is None
+        assert time.monotonic() - begun < 0.5
+        levels.keep(b"new", b"in memory", ADA)
+        assert levels.recall(b"new") == b"in memory"
+        with pytest.raises(StoreUnavailable):
+            await levels.purge()
+        server.start()
+        levels._rest_until = 0
+        assert await levels.fetch(b"k") == (b"value", "redis")
+        await levels.close()
+
+
+async def test_redis_that_hangs_is_waited_for_briefly_once() -> None:
+    with RedisServer() as server:
+        levels = CacheLevels(MemoryCache(MIB), RedisCache(server.url), name="redis", ttl=60)
+        assert await levels.fetch(b"k") is None
+        server.pause()
+        begun = time.monotonic()
+        for _ in range(50):
+            assert await levels.fetch(b"k") is None
+        assert time.monotonic() - begun < READ_TIMEOUT + 1
+        assert levels.counts.errors >= 1
+        server.resume()
+        await levels.close()
+
+
+async def test_a_broken_file_is_a_miss(tmp_path: Path) -> None:
+    (tmp_path / "c.db").write_bytes(b"no database" * 1000)
+    levels = process(tmp_path / "c.db")
+    assert await levels.fetch(b"k") is None
+    levels.keep(b"k", b"value", ADA)
+    assert levels.recall(b"k") == b"value"
+    assert levels.counts.errors == 1
+    await levels.close()
+
+
+async def test_the_configuration_chooses_the_levels(tmp_path: Path) -> None:
+    store = StoreSection(data_dir=tmp_path)
+
+    def opened(**cache: object) -> CacheLevels | None:
+        return open_cache(Config(store=store, cache=CacheSection(**cache)))  # type: ignore[arg-type]
+
+    assert opened(response_cache="off") is None
+    for url, name in (
+        (None, "sqlite"),
+        (f"sqlite:///{tmp_path}/other.db", "sqlite"),
+        ("redis://127.0.0.1:1/0", "redis"),
+        ("memory://", ""),
+    ):
+        levels = opened(cache_url=url)
+        assert levels is not None
+        assert levels._name == name
+        await levels.close()
+    for wrong in ("mysql://x", "sqlite://", "cache.db", "sqlite:///"):
+        with pytest.raises(ConfigError, match="cache_url"):
+            opened(cache_url=wrong)
+    several = Config(store=store, server=ServerSection(max_workers=2), cache=CacheSection(cache_url="memory://"))
+    with pytest.raises(ConfigError, match="share"):
+        open_cache(several)
+    sealed = opened(cache_encryption_key="a long enough secret")
+    assert sealed is not None
+    sealed.keep(b"k", b"a private answer", ADA)
+    await written(sealed, 1)
+    await sealed.close()
+    assert (tmp_path / "cache.db").stat().st_mode & 0o777 == 0o600
+    assert b"private" not in b"".join(file.read_bytes() for file in tmp_path.glob("cache.db*"))
