@@ -378,8 +378,11 @@ class Limits(Protocol):
         """Lease more output to an admitted request; `told` hears what was granted, later. Never waits."""
         ...
 
-    async def settle(self, id: str, used: int) -> tuple[Room, ...] | None:
-        """The request is over and used so many tokens; how its claims stand now, where that is known. Unknown ids are ignored."""
+    async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
+        """The request is over and used so many tokens; how its claims stand now, where that is known. Unknown ids are ignored.
+
+        `guessed`: nobody here knows yet how much it was, and this is the most.
+        """
         ...
 
 
@@ -429,6 +432,14 @@ class Answers(Protocol):
     def purges(self) -> int:
         """Grows with each purge that this process knows of."""
         ...
+
+
+@runtime_checkable
+class Overlaps(Protocol):
+    """A runner that lets the last step's results be handed out while the device computes the next."""
+
+    meanwhile: Callable[[], None] | None
+    """Called on the step thread once in each `forward`, when the device is at work."""
 
 
 class Step(Protocol):

@@ -211,6 +211,9 @@ async def test_who_hangs_up_pays_for_what_was_made_until_then() -> None:
     room = await stand.room(BUDGET)
     assert 110 <= room.spent <= 112
     assert room.held == 0
+    for _ in range(2):
+        stand.limits.correct("r1", 111)  # the ledger knows, a moment later
+    assert (await stand.room(BUDGET)).spent == 111
 
 
 async def test_a_request_that_the_engine_never_began_costs_no_tokens() -> None:

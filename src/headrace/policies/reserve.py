@@ -44,7 +44,8 @@ class Reserve:
         try:
             yield
         finally:
-            rooms = await self._limits.settle(call.id, used_tokens(call, lease))
+            used, guessed = used_tokens(call, lease)
+            rooms = await self._limits.settle(call.id, used, guessed=guessed)
             if rooms is not None:
                 show_limits(call, claims, rooms)
 
@@ -95,16 +96,19 @@ def prompt_tokens(request: GenerateRequest) -> int:
     return -(-characters // CHARACTERS_A_TOKEN)
 
 
-def used_tokens(call: Call, lease: TokenLease | None) -> int:
-    """What the call is to be settled with. Without a report the engine was stopped, and what it made until then isn't known here: it is
-    counted at the most it can have been, so that a budget is never less spent than the bill says."""
+def used_tokens(call: Call, lease: TokenLease | None) -> tuple[int, bool]:
+    """What the call is to be settled with, and whether that is a guess.
+
+    Without a report the engine was stopped, and what it made until then isn't known here: it is counted at the most it can have been,
+    so that a budget is never less spent than the bill says.
+    """
     outcome = call.outcome
     if outcome.served_from != "engine" or outcome.own_completion_tokens is not None:
-        return outcome.billed_prompt_tokens + outcome.billed_completion_tokens
+        return outcome.billed_prompt_tokens + outcome.billed_completion_tokens, False
     if lease is None:
-        return 0
+        return 0, False
     if outcome.report is not None:
-        return outcome.prompt_tokens + outcome.completion_tokens
+        return outcome.prompt_tokens + outcome.completion_tokens, False
     if outcome.first_token_at is None:
-        return 0 if isinstance(outcome.error, HeadraceError) else outcome.prompt_tokens
-    return outcome.prompt_tokens + lease.most_used()
+        return 0 if isinstance(outcome.error, HeadraceError) else outcome.prompt_tokens, True
+    return outcome.prompt_tokens + lease.most_used(), True

@@ -84,6 +84,8 @@ class SharedLimits:
         self._known: dict[str, tuple[Room, float]] = {}
         self._running: dict[str, _Running] = {}
         self._apart = LimitsApart(processes, lambda claim: self._room(claim) if claim.subject in self._known else None)
+        self._guessed: dict[str, tuple[tuple[Claim, ...], int]] = {}
+        """Requests that were settled with the most they can have used."""
         self._outbox: list[tuple[Ask, Answered]] = []
         self._owed: dict[str, Ask] = {}
         """What the place must hear of when it is back, by id; saying it twice does no harm."""
@@ -143,10 +145,21 @@ class SharedLimits:
 
         self._send(Extend(id, tokens), answered)
 
-    async def settle(self, id: str, used: int) -> tuple[Room, ...] | None:
+    async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
         """The request is over. It is sent before the first wait, so that a cancellation can't lose it; how its claims stand then."""
+        running = self._running.get(id)
+        if guessed and running is not None:
+            self._guessed[id] = (running.take.claims, used)
+            if len(self._guessed) > KNOWN:
+                del self._guessed[next(iter(self._guessed))]
         done = self._settle(id, used)
         return await done if done is not None else None
+
+    def correct(self, id: str, used: int) -> None:
+        """What the ledger says that a request really used, for one that was settled with a guess; others are ignored. Never waits."""
+        claims, guess = self._guessed.pop(id, ((), used))
+        if used != guess:
+            self._send(Charge(f"{id}:corrected", claims, 0, used - guess), _ignore)
 
     async def close(self) -> None:
         """Send what is left, if the place is there. Idempotent."""
