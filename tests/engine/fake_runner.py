@@ -7,7 +7,7 @@ shared by mistake gives other tokens, or fails an assertion. Beside it, a tokeni
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,9 +62,12 @@ class FakeRunner:
         self.poison: int | None = None
         """A token that no step can compute."""
         self.broken = False
+        self.meanwhile: Callable[[], None] | None = None
 
     def forward(self, batch: ForwardBatch) -> FakeResult:
         assert not self.broken, "the device is gone"
+        if self.meanwhile is not None:
+            self.meanwhile()
         assert batch.input_ids.dtype == batch.position_ids.dtype == batch.rows.dtype == np.int64
         assert batch.past_lens.dtype == batch.block_indices.dtype == np.int32
         assert batch.subsequence_begins.dtype == batch.block_indices_begins.dtype == np.int32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,6 +64,7 @@ class OpenVinoRunner:
         self._request: Any = None
         self._caches: list[NDArray[np.uint8]] = []
         self._steps = 0
+        self.meanwhile: Callable[[], None] | None = None
 
     def load(self) -> None:
         """Read, page and compile the model, and allocate its blocks. Takes seconds.
@@ -177,7 +178,10 @@ class OpenVinoRunner:
         try:
             for name, array in feed.items():
                 request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-            request.infer()
+            request.start_async()
+            if self.meanwhile is not None:
+                self.meanwhile()
+            request.wait()
         except RuntimeError as error:
             raise RequestFailed(f"The model refused a step: {str(error)[-300:]}") from error
         return OpenVinoResult(

@@ -1,7 +1,7 @@
 """The own engine: a thread that steps the model, behind asyncio.
 
 The step thread owns the runner and all state. Requests and cancels reach it through an inbox; events go back to the
-event loop with one `call_soon_threadsafe` a step, while the next step already runs. Without requests the thread
+event loop with one `call_soon_threadsafe` a step, while the device computes the next. Without requests the thread
 sleeps.
 """
 
@@ -27,7 +27,7 @@ from headrace.errors import (
     InvalidParameter,
     ModelError,
 )
-from headrace.ports import Deliver, Runner, Tokenizer
+from headrace.ports import Deliver, Overlaps, Runner, Tokenizer
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
 
 CAPABILITIES = frozenset(
@@ -86,6 +86,9 @@ class ScheduledEngine:
         self._ended: asyncio.Future[None] | None = None
         self._card: EngineCard | None = None
         self._stepper: Stepper | None = None
+        self._finished: Outbox = []
+        """What came of the last step, until it is handed over."""
+        self._overlaps = False
         self._inbox: deque[tuple[GenerateRequest, Deliver, float] | str] = deque()
         self._wake = threading.Event()
         self._closing = False
@@ -240,12 +243,16 @@ class ScheduledEngine:
             if stepper is not None:
                 died = error is not None
                 stepper.fail_all(lambda: EngineDied("The engine died.") if died else EngineUnavailable("The engine is stopping."))
-                self._post(self._dispatch, stepper.outbox)
+                self._finished += stepper.outbox
+                self._hand_over()
         finally:
             self._post(self._over, error)
 
     def _load(self) -> Stepper:
         runner = self._make_runner()
+        if isinstance(runner, Overlaps):
+            runner.meanwhile = self._hand_over
+            self._overlaps = True
         pace = Pace()
 
         def make() -> Stepper:
@@ -276,6 +283,7 @@ class ScheduledEngine:
         inbox, wake = self._inbox, self._wake
         while not self._closing:
             if stepper.idle and not inbox:
+                self._hand_over()
                 wake.clear()
                 if not inbox and not self._closing:
                     wake.wait()
@@ -286,12 +294,24 @@ class ScheduledEngine:
                     stepper.cancel(entry)
                 else:
                     stepper.add(*entry)
-            if not stepper.step() and not stepper.idle:
+            computed = stepper.step()
+            self._finished += stepper.outbox
+            stepper.outbox = []
+            if not computed or not self._overlaps:
+                self._hand_over()
+            if not computed and not stepper.idle:
                 # Everyone waits and nobody runs: no rule of the scheduler leads here, but a busy loop would hide it.
                 wake.wait(_PAUSE)
-            if stepper.outbox:
-                outbox, stepper.outbox = stepper.outbox, []
-                self._post(self._dispatch, outbox)
+
+    def _hand_over(self) -> None:
+        """Give the event loop what came of the last step.
+
+        With a runner that overlaps this happens while the device computes the next step: the event loop's work would otherwise
+        hold the interpreter when the step thread wants it.
+        """
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._post(self._dispatch, finished)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         """Call on the event loop; nobody is left to hear it where that is closed."""
