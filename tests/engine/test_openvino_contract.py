@@ -50,7 +50,7 @@ def test_outputs(paged: ov.Model) -> None:
 
 @pytest.mark.slow
 def test_blocks(load_runner: Callable[..., OpenVinoRunner]) -> None:
-    """The sizes that the CPU plugin chooses: bf16 where the CPU computes in it; in 8 bits a token's scale and offset are part of its block."""
+    """The sizes that the CPU plugin chooses; in 8 bits a token's scale and offset are part of its block."""
     usual = load_runner()
     assert usual.block_size == 32
     heads, channels, layers = 3, 64, 30
