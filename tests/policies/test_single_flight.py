@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from answers_in_memory import ToldEngine, greedy, told_journey, until
 from hypothesis import given, settings
@@ -180,6 +181,45 @@ async def test_who_is_refused_further_on_neither_pays_nor_harms_the_others() -> 
     assert [type(end) for end in ends] == [RateLimited, type(None)]
     assert readers[1].call.outcome.billed_completion_tokens == 1
     assert len(engine.requests) == 1
+
+
+async def test_who_was_cut_to_a_budget_or_degraded_is_apart() -> None:
+    @asynccontextmanager
+    async def cut(call: Call) -> AsyncIterator[None]:
+        assert call.request is not None
+        if call.id == "r1":
+            shorter = msgspec.structs.replace(call.request.sampling, max_tokens=1)
+            call.request = msgspec.structs.replace(call.request, sampling=shorter)
+        elif call.id == "r2":
+            call.storable = False
+        yield
+
+    journey, engine, answers, _ = told_journey(cut)
+    readers = [await join(journey, engine, greedy(n)) for n in (1, 2, 3, 4)]
+    assert [request.id for request in engine.requests] == ["r1", "r2", "r3"]
+    for n in range(3):
+        engine.say(0, f"{n}", of=n, finish="length" if n == 0 else "stop")
+        engine.end(5, 1, of=n)
+    await asyncio.gather(*(reader.task for reader in readers))
+    assert [reader.text for reader in readers] == ["0", "1", "2", "2"]
+    assert [reader.call.headers["x-headrace-cache"] for reader in readers] == ["miss", "miss", "miss", "hit"]
+    again = Reader(journey, greedy(5))
+    await again.task
+    assert again.text == "2"
+    assert len(answers.kept) == 1
+
+
+async def test_all_are_told_what_served_them_and_nothing_of_the_firsts_limits() -> None:
+    journey, engine, answers, _ = told_journey()
+    first = await join(journey, engine, greedy(1))
+    late = await join(journey, engine, greedy(2))
+    first.call.headers |= {"x-headrace-fallback": "m2; busy", "x-ratelimit-remaining-requests": "7"}
+    first.call.storable = False
+    engine.say(0, "a", finish="stop")
+    engine.end(5, 1)
+    await asyncio.gather(first.task, late.task)
+    assert late.call.headers == {"x-headrace-cache": "hit", "x-headrace-fallback": "m2; busy"}
+    assert answers.kept == {}
 
 
 async def test_tenants_never_share() -> None:

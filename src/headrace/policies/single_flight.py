@@ -135,6 +135,8 @@ class Listener:
         generation = self.generation
         while True:
             if self._at < len(generation.batches):
+                if self._at == 0 and generation.first is not self.call:
+                    self._as_the_first_was_served(generation.first)
                 new = generation.batches[self._at :]
                 self._at += len(new)
                 return self._told(new)
@@ -164,6 +166,13 @@ class Listener:
     def _deadline(self) -> None:
         self._late = True
         self.wake()
+
+    def _as_the_first_was_served(self, first: Call) -> None:
+        """Which model answers, and why, is only certain once it does. Limits and the like are the other caller's own."""
+        self.call.served_model = first.served_model
+        for name, value in first.headers.items():
+            if name.startswith("x-headrace-"):
+                self.call.headers.setdefault(name, value)
 
     def _told(self, batches: list[list[Event]]) -> list[Event]:
         events = [event for batch in batches for event in batch]
