@@ -129,21 +129,21 @@ class ResponseCache:
 
     def _join(self, call: Call, flight: Flight) -> None:
         assert call.request is not None
-        timeout = call.request.timeout
+        timeout, sampling, model = call.request.timeout, call.request.sampling, call.served_model
         # The generation may outlive this call: each listener sees to its own deadline.
         call.request = msgspec.structs.replace(call.request, timeout=None)
 
         def share(source: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
             call.outcome.cached_price = self._price
+            assert call.request is not None
+            if call.request.sampling != sampling or call.served_model != model:
+                # A later step has made it another request: cut to a budget, degraded, sent to another model.
+                call.storable = False
+            if not call.storable:
+                return Flight().listen(call, source, timeout)
             listener = flight.listen(call, source, timeout)
-            first = listener.generation.first
-            if first is not call:
+            if listener.generation.first is not call:
                 call.headers[HEADER] = "hit"
-                call.served_model = first.served_model
-                for name, value in first.headers.items():
-                    # What served it and why is true of this answer too; limits and the like are the other caller's own.
-                    if name.startswith("x-headrace-"):
-                        call.headers.setdefault(name, value)
             return listener
 
         call.share = share
