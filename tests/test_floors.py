@@ -26,6 +26,8 @@ FLOORS: dict[str, int] = {
     "supervisor": 2,
     "children": 2,
     "control": 2,
+    "circuits": 2,
+    "lineup": 2,
     "address": 2,
     "tls": 2,
     "worker": 2,

@@ -24,7 +24,23 @@ import uvloop
 from headrace import logs
 from headrace.claims import Ask, Reply
 from headrace.config import Config
-from headrace.control import Alive, AskLimits, AskProcesses, Beginning, Drain, EngineChanged, LimitsAnswer, Processes, ToChild, begin
+from headrace.control import (
+    Alive,
+    AskLimits,
+    AskProbe,
+    AskProcesses,
+    Beginning,
+    CircuitCalls,
+    CircuitChanged,
+    Drain,
+    EngineChanged,
+    LimitsAnswer,
+    ProbeAnswer,
+    ProbeEnded,
+    Processes,
+    ToChild,
+    begin,
+)
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
 from headrace.errors import ConfigError, EngineUnavailable, HeadraceError
@@ -33,6 +49,7 @@ from headrace.journey import Journey
 from headrace.models.template import load_template
 from headrace.models.tokenizer import load_tokenizer
 from headrace.policies.callers import Callers
+from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.prices import Prices
@@ -75,6 +92,8 @@ class SupervisorLink:
         self._models = models
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._limits_asked: dict[int, asyncio.Future[list[Reply]]] = {}
+        self._circuits: dict[str, Circuit] = {}
+        self._probes: dict[int, tuple[str, asyncio.Future[int | None]]] = {}
         self._numbers = itertools.count(1)
         self._ending: asyncio.TimerHandle | None = None
 
@@ -99,6 +118,26 @@ class SupervisorLink:
         self.connection.send(AskLimits(number, list(asks)))
         return await answer
 
+    def circuit(self, served: ServedModel) -> Circuit:
+        """The model's circuit breaker, which the supervisor keeps for all processes."""
+        name = served.files.name
+        made = self._circuits[name] = Circuit(name, served.public_name, self)
+        return made
+
+    def report(self, model: str, epoch: int, calls: int, failures: int) -> None:
+        """`policies.circuit.CircuitPlace`, as are the next two."""
+        self.connection.send(CircuitCalls(model, epoch, calls, failures))
+
+    async def probe(self, model: str) -> int | None:
+        number = next(self._numbers)
+        answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._probes[number] = model, answer
+        self.connection.send(AskProbe(number, model))
+        return await answer
+
+    def probed(self, model: str, number: int, succeeded: bool | None) -> None:
+        self.connection.send(ProbeEnded(model, number, succeeded))
+
     def engine_ready(self, model: str, card: EngineCard) -> None:
         """The model's worker said hello to us."""
         self._models[model][0].card = card
@@ -115,6 +154,10 @@ class SupervisorLink:
             answer = self._limits_asked.pop(message.number)
             if not answer.done():
                 answer.set_result(message.replies)
+        elif isinstance(message, CircuitChanged):
+            self._circuit_changed(message)
+        elif isinstance(message, ProbeAnswer):
+            self._probe_answered(message)
         elif isinstance(message, EngineChanged):
             self._engine_changed(message.model, message.status)
         elif isinstance(message, Processes):
@@ -131,6 +174,19 @@ class SupervisorLink:
             client.give_up(EngineUnavailable(status.reason, retry_after=30))
         else:
             client.hope()
+
+    def _circuit_changed(self, message: CircuitChanged) -> None:
+        self._models[message.model][0].circuit = message.state
+        circuit = self._circuits.get(message.model)
+        if circuit is not None:
+            circuit.changed(message.state, message.epoch, message.wait)
+
+    def _probe_answered(self, message: ProbeAnswer) -> None:
+        model, answer = self._probes.pop(message.number)
+        if not answer.done():
+            answer.set_result(message.probe)
+        elif message.probe is not None:  # whoever asked has hung up meanwhile
+            self.probed(model, message.probe, None)
 
     def _drain(self, timeout: float) -> None:
         self.draining = True
@@ -201,13 +257,16 @@ async def _run(beginning: Beginning) -> None:
     for _, client in models.values():
         client.connect()
     served = ServedModels([model for model, _ in models.values()])
+    circuits = {model.files.name: link.circuit(model) for model in served} if config.resilience.breaker == "on" else None
     keys = SqlKeys(database)
     callers = Callers(config.access, keys, pepper)
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
     app = create_api(
         config,
         served,
-        Journey.standard(config, served, callers=callers, answers=cache, limits=limits, claimants=claimants, books=books),
+        Journey.standard(
+            config, served, callers=callers, answers=cache, limits=limits, claimants=claimants, books=books, circuits=circuits
+        ),
         control=link,
         callers=callers,
         desk=KeyDesk(keys, keys, pepper),

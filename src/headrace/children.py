@@ -35,7 +35,7 @@ class Child:
 
     `setup` makes each process's first message. `received` gets its messages, after the child has taken note of them;
     `changed` is called when its state has, `died` with a process's id when it has ended. All may be called until `ended` is set.
-    `environment` is added to the supervisor's own.
+    `environment` is added to the supervisor's own. A child that isn't `essential` is tried again forever, also if it was never ready.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Child:
         changed: Callable[[Child], None],
         died: Callable[[int], None] = lambda pid: None,
         environment: Mapping[str, str] | None = None,
+        essential: bool = True,
     ) -> None:
         self.name = name
         self.state: EngineState = "starting"
@@ -66,6 +67,7 @@ class Child:
         self._changed = changed
         self._died = died
         self._environment = environment or {}
+        self._essential = essential
         self._process: asyncio.subprocess.Process | None = None
         self._connection: FrameConnection[ToSupervisor] | None = None
         self._retired = asyncio.Event()
@@ -184,9 +186,10 @@ class Child:
         self._failures = 1 if progressed else self._failures + 1
         why = self._last_words or f"The process {describe_exit(code)}."
         self._log.error("process ended", child_pid=self._process.pid if self._process else 0, why=why, failures=self._failures)
-        if not self.started.is_set() and (self._fatal or self._failures >= FIRST_STARTS):
+        never = not self.started.is_set()
+        if self._essential and never and (self._fatal or self._failures >= FIRST_STARTS):
             raise ModelError(why if self._fatal else f"The {self.name} could not be started; it was tried {self._failures} times. {why}")
-        state: EngineState = "failed" if self._failures >= HOPELESS else "starting"
+        state: EngineState = "failed" if self._failures >= HOPELESS or (never and self._fatal) else "starting"
         self._become(state, f"{why} It is being started again.")
 
     def _pause(self) -> float:

@@ -222,6 +222,57 @@ class CacheSection(Section):
     cached_price: float = Field(0.0, ge=0, le=1, description="Fraction of its tokens that an answer from the cache is billed with")
 
 
+class ResilienceSection(Section):
+    """What is done when an engine fails, or has too much to do."""
+
+    breaker: Literal["on", "off"] = Field("on", description="Leave an engine alone for a while when it fails too often")
+    breaker_window: float = Field(30.0, gt=0, le=3600, description="Seconds over which an engine's failures are counted")
+    breaker_failure_share: float = Field(0.5, gt=0, le=1, description="Share of failed and slow requests at which the breaker opens")
+    breaker_min_calls: int = Field(10, ge=1, le=100_000, description="Requests within the window before their share says anything")
+    breaker_slow_ttft: float = Field(
+        120.0, ge=0, description="Seconds to the first token, without the engine's queue, from which a request counts as failed; 0 is never"
+    )
+    breaker_open_seconds: float = Field(10.0, gt=0, le=3600, description="Seconds that an open breaker waits before it lets probes through")
+    breaker_probes: int = Field(3, ge=1, le=1000, description="Requests that try the engine then; all have to succeed")
+    retry_budget: float = Field(
+        0.1, ge=0, le=1, description="Share of an engine's requests that may be asked again before their first token; 0 is none"
+    )
+    retry_reserve: int = Field(3, ge=0, le=1000, description="Retries on top of that share, in each API process")
+    retry_attempts: int = Field(2, ge=1, le=10, description="Most retries of one request")
+    fallbacks: dict[str, tuple[str, ...]] = Field(
+        {},
+        description='Who answers where a model can\'t: a table of NAME = ["MODEL", "https://HOST/v1", "cache", "canned: TEXT"]',
+    )
+    fallback_cache_age: float = Field(
+        86_400.0, ge=0, le=31_536_000, description="Seconds that answers are kept beyond cache_ttl, where a fallback is `cache`"
+    )
+    degrade_queue: int | None = Field(None, ge=1, description="Waiting sequences of a model over which its answers are degraded")
+    degrade_max_tokens: int | None = Field(None, ge=1, description="Most tokens of a degraded answer")
+    degrade_model: str | None = Field(None, min_length=1, description="Model, named as for MODEL, that gives degraded answers")
+
+    @field_validator("fallbacks", mode="before")
+    @classmethod
+    def _table_from_a_variable(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError('in a variable it is JSON, such as {"NAME": ["MODEL", "canned: TEXT"]}') from None
+
+    @field_validator("fallbacks")
+    @classmethod
+    def _chains_lead_somewhere(cls, chains: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, chain in chains.items():
+            for entry in chain:
+                if not entry.strip() or not entry.removeprefix("canned:").strip():
+                    raise ValueError(f"{name} has an empty fallback")
+            final = [place for place, entry in enumerate(chain, 1) if entry.startswith("canned:")]
+            if final and final[0] < len(chain):
+                raise ValueError(f"{name}: a canned answer never fails, so nothing can come after it")
+        return chains
+
+
 class Config(Section):
     """All sections. `Config()` is the default configuration;"""
 
@@ -235,6 +286,7 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     filters: FilterSection = FilterSection()
     cache: CacheSection = CacheSection()
+    resilience: ResilienceSection = ResilienceSection()
     log: LogSection = LogSection()
 
 

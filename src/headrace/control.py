@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from headrace.claims import Ask, Reply
 from headrace.config import Config
-from headrace.types import EngineState, EngineStats, EngineStatus, ModelFiles
+from headrace.types import CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles
 
 # Supervisor to child
 
@@ -38,6 +38,8 @@ class Setup(msgspec.Struct, frozen=True, tag=1):
     """For an API process: the path of each model's worker."""
     started_at: float
     """`time.monotonic()` of the whole server's start."""
+    memory_share: float = 1.0
+    """For a worker: its part of the memory that keys and values may take, where several models are served."""
 
 
 class EngineChanged(msgspec.Struct, frozen=True, tag=2):
@@ -97,8 +99,49 @@ class LimitsAnswer(msgspec.Struct, frozen=True, tag=9):
     replies: list[Reply]
 
 
-ToChild = Setup | EngineChanged | Drain | Stop | Processes | LimitsAnswer
-ToSupervisor = Alive | AskProcesses | AskLimits
+class CircuitCalls(msgspec.Struct, frozen=True, tag=10):
+    """From an API process: calls of a model's engine that are over, and how many of them failed."""
+
+    model: str
+    epoch: int
+    calls: int
+    failures: int
+
+
+class CircuitChanged(msgspec.Struct, frozen=True, tag=11):
+    """To API processes: how a model's circuit breaker stands."""
+
+    model: str
+    state: CircuitState
+    epoch: int
+    wait: float
+    """Seconds until probes are let through, if it is open."""
+
+
+class AskProbe(msgspec.Struct, frozen=True, tag=12):
+    """From an API process: may a request try the engine of that model?"""
+
+    number: int
+    model: str
+
+
+class ProbeAnswer(msgspec.Struct, frozen=True, tag=13):
+    """The answer to `AskProbe`."""
+
+    number: int
+    probe: int | None
+
+
+class ProbeEnded(msgspec.Struct, frozen=True, tag=14):
+    """From an API process: what a probe found; None: nothing."""
+
+    model: str
+    probe: int
+    succeeded: bool | None
+
+
+ToChild = Setup | EngineChanged | Drain | Stop | Processes | LimitsAnswer | CircuitChanged | ProbeAnswer
+ToSupervisor = Alive | AskProcesses | AskLimits | CircuitCalls | AskProbe | ProbeEnded
 
 
 def config_to_json(config: Config) -> str:

@@ -19,6 +19,7 @@
     ├── UpstreamError                 502 upstream_error           (retry)
     ├── Overloaded                    503 overloaded               (retry)
     ├── EngineUnavailable             503 engine_unavailable       (retry)
+    │   └── CircuitOpen               503 circuit_open             (retry)
     ├── StoreUnavailable              503 store_unavailable        (retry)
     ├── DeadlineExceeded              504 deadline_exceeded
     ├── ConfigError                   the start is refused
@@ -145,6 +146,12 @@ class EngineUnavailable(HeadraceError):
     status = 503
     code = "engine_unavailable"
     retry = True
+
+
+class CircuitOpen(EngineUnavailable):
+    """The engine failed too often of late, and is left alone for a while."""
+
+    code = "circuit_open"
 
 
 class StoreUnavailable(HeadraceError):

@@ -5,31 +5,39 @@ Read `Journey.run`; it is the whole story. Which steps there are, and in which o
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from hashlib import sha256
 
 from headrace.config import Config
+from headrace.policies.ask_engine import AskEngine
 from headrace.policies.authorize import Authorize
 from headrace.policies.cache import ResponseCache
 from headrace.policies.callers import Callers
+from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
+from headrace.policies.degrade import Degrade
 from headrace.policies.identify import Identify
 from headrace.policies.ledger import KeepBooks
 from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
+from headrace.policies.route import Fallbacks
 from headrace.ports import Answers, Books, Limits, Step
 from headrace.served import ServedModels
 from headrace.types import Call, Event
 
 
 class Journey:
-    """Runs calls through the steps."""
+    """Runs calls through the steps: those of the request once, those of an attempt for each model that is asked."""
 
-    def __init__(self, steps: Sequence[Step], models: ServedModels) -> None:
+    def __init__(
+        self, steps: Sequence[Step], models: ServedModels, *, attempt: Sequence[Step] = (), fallbacks: Fallbacks | None = None
+    ) -> None:
         self._steps = tuple(steps)
+        self._attempt_steps = tuple(attempt)
         self._models = models
+        self._fallbacks = fallbacks
 
     @classmethod
     def standard(
@@ -42,22 +50,34 @@ class Journey:
         limits: Limits | None = None,
         claimants: Claimants | None = None,
         books: Books | None = None,
+        circuits: Mapping[str, Circuit] | None = None,
     ) -> Journey:
         """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
-        without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed."""
+        without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed; without
+        `circuits` no engine is left alone."""
+        resilience = config.resilience
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
-        steps: list[Step] = [Identify(callers or Callers(config.access)), Authorize(models)]
+        steps: list[Step] = [Identify(callers or Callers(config.access))]
         if limits is not None:
             steps.append(LimitRequests(claimants, limits))
-        steps.append(Prepare(models, config.server))
+        prepare = Prepare(models, config.server)
+        attempt: list[Step] = [Authorize(models), prepare]
+        cache = None
         if answers is not None:
             filters = sha256(config.filters.model_dump_json().encode()).digest()
-            steps.append(ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters))
+            cache = ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters)
+            attempt.append(cache)
+        if resilience.degrade_queue is not None:
+            attempt.append(Degrade(models, resilience, prepare))
         if limits is not None:
-            steps.append(Reserve(claimants, limits))
+            attempt.append(Reserve(claimants, limits))
         if books is not None:
-            steps.append(KeepBooks(books, config.ledger.currency))
-        return cls(steps, models)
+            attempt.append(KeepBooks(books, config.ledger.currency))
+        attempt.append(AskEngine(models, resilience, circuits))
+        fallbacks = None
+        if resilience.fallbacks:
+            fallbacks = Fallbacks(models, resilience.fallbacks, timeout=config.server.request_timeout, old=cache)
+        return cls(steps, models, attempt=attempt, fallbacks=fallbacks)
 
     async def run(self, call: Call) -> AsyncGenerator[list[Event]]:
         """Event batches of one call. Close the generator (`contextlib.aclosing`) to hang up.
@@ -69,10 +89,10 @@ class Journey:
             try:
                 for step in self._steps:
                     await stack.enter_async_context(step(call))
-                source = self._source(call)
-                if call.share is not None:
-                    source = call.share(source)
-                stack.push_async_callback(_close, source)
+                if self._fallbacks is None:
+                    source = await self._attempt(call, stack)
+                else:
+                    source = await self._fallbacks.open(call, stack, self._attempt)
                 async for batch in source:
                     for transform in call.transforms:
                         batch = transform(batch)
@@ -88,11 +108,18 @@ class Journey:
                 call.outcome.error = error
                 raise
 
-    def _source(self, call: Call) -> AsyncIterator[list[Event]]:
-        if call.source is None:
+    async def _attempt(self, call: Call, stack: AsyncExitStack) -> AsyncIterator[list[Event]]:
+        """The steps for the model that the call asks for now, and the source of its events."""
+        for step in self._attempt_steps:
+            await stack.enter_async_context(step(call))
+        source = call.source
+        if source is None:
             assert call.request is not None, "the prepare step makes the request"
-            call.source = self._models.find(call.served_model).engine.generate(call.request)
-        return call.source
+            source = call.source = self._models.find(call.served_model).engine.generate(call.request)
+        if call.share is not None:
+            source = call.share(source)
+        stack.push_async_callback(_close, source)
+        return source
 
 
 async def _close(source: AsyncIterator[list[Event]]) -> None:

@@ -442,6 +442,15 @@ class Overlaps(Protocol):
     """Called on the step thread once in each `forward`, when the device is at work."""
 
 
+@runtime_checkable
+class KeepsOld(Protocol):
+    """A response cache that keeps answers for a while after they have expired."""
+
+    async def old(self, key: bytes) -> tuple[bytes, str] | None:
+        """What there is, fresh or not, with its level's name. Never fails, as `Answers`."""
+        ...
+
+
 class Step(Protocol):
     """One step of the journey. Entering may refuse (raise), reserve, or set `call.source`; leaving settles."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from headrace.errors import ModelNotFound
 from headrace.ports import ChatTemplate, Engine, Tokenizer
-from headrace.types import EngineCard, EngineStatus, ModelFiles
+from headrace.types import CircuitState, EngineCard, EngineStatus, ModelFiles
 
 
 @dataclass(slots=True)
@@ -26,6 +26,8 @@ class ServedModel:
     card: EngineCard | None = None
     """Set once the engine is ready for the first time; it stays when the engine is restarted."""
     status: EngineStatus = field(default_factory=EngineStatus)
+    circuit: CircuitState = "closed"
+    """Of the engine's circuit breaker."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time, for `/v1/models`."""
 

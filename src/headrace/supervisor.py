@@ -23,30 +23,38 @@ import structlog
 from headrace import __version__, logs
 from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
 from headrace.children import Child, listing, memory_mib
+from headrace.circuits import CircuitTable
+from headrace.claims import Ask, Settle
 from headrace.config import Config
 from headrace.control import (
     AskLimits,
+    AskProbe,
     AskProcesses,
+    CircuitCalls,
     Drain,
     EngineChanged,
     LimitsAnswer,
+    ProbeEnded,
     Processes,
     Setup,
     Stop,
+    ToChild,
     ToSupervisor,
     config_to_json,
 )
-from headrace.models.resolve import resolve
+from headrace.lineup import Member, lineup
+from headrace.policies.breaker import BreakerRules
 from headrace.policies.prices import Prices
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder
 from headrace.stores.database import Database
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limit_table import LimitTable
+from headrace.stores.limits_open import settle_in_redis
 from headrace.stores.opening import prepare_stores
 from headrace.stores.recovery import Recovery
 from headrace.tls import check_tls
-from headrace.types import ModelFiles
+from headrace.types import UsageRow
 
 RECOVERY_TIMEOUT = 20.0
 """Seconds that a start waits for the bills that an earlier server left; the rest of them is settled while it serves."""
@@ -67,7 +75,7 @@ def serve(config: Config) -> int:
                 tls = check_tls(config.tls)
                 if config.cache.response_cache == "on":
                     second_level(config)
-                files = resolve(config.model)
+                config, members = lineup(config)
                 prepared.result()
         except KeyboardInterrupt as interrupt:
             return 0 if interrupt.args else 130
@@ -75,7 +83,7 @@ def serve(config: Config) -> int:
             signal.signal(signal.SIGTERM, before)
         folder = private_folder()
         try:
-            return asyncio.run(Supervisor(config, files, bound, folder, started_at, tls=tls).run())
+            return asyncio.run(Supervisor(config, members, bound, folder, started_at, tls=tls).run())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -90,32 +98,27 @@ def open_recovery(config: Config) -> Recovery:
 
 
 class Supervisor:
-    """The children of one server: an engine worker, and API processes that share it."""
+    """The children of one server: an engine worker for each model, and API processes that share them."""
 
     def __init__(
-        self, config: Config, files: ModelFiles, bound: socket.socket, folder: Path, started_at: float, *, tls: bool = False
+        self, config: Config, members: list[Member], bound: socket.socket, folder: Path, started_at: float, *, tls: bool = False
     ) -> None:
         self._config = config
-        self._files = files
+        self._files = members[0].files
+        """Of the default model."""
+        self._models = [member.files for member in members]
         self._bound = bound
         self._tls = tls
         self._started_at = started_at
-        self._socket = folder / ENGINE_SOCKET
-        self._engine_listening = listen_privately(self._socket)
+        self._sockets = [folder / (ENGINE_SOCKET + (f"-{number}" if number else "")) for number in range(len(members))]
+        self._engines_listening = [listen_privately(path) for path in self._sockets]
         self._limits = LimitTable()
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
         self._signals = 0
         self._signalled = asyncio.Event()
-        # The worker has no business with keys.
-        worker_config = Config(model=config.model, engine=config.engine, log=config.log)
-        self._worker = Child(
-            "headrace.worker",
-            "engine",
-            listening=self._engine_listening,
-            setup=lambda: self._setup(worker_config),
-            received=self._hear,
-            changed=self._worker_changed,
-        )
+        self._circuits = CircuitTable([files.name for files in self._models], BreakerRules.of(config.resilience), self._tell_apis)
+        local = sum(files.kind == "openvino" for files in self._models)
+        self._workers = [self._worker(number, member, 1 / max(1, local)) for number, member in enumerate(members)]
         self._figures = folder / "figures"
         self._figures.mkdir()
         # Where the API processes add up what each has counted; prometheus_client reads the variable.
@@ -125,7 +128,7 @@ class Supervisor:
                 "headrace.app",
                 "API process",
                 listening=bound,
-                setup=lambda: self._setup(config),
+                setup=lambda: Setup(config_to_json(config), self._models, [str(path) for path in self._sockets], self._started_at),
                 received=self._hear,
                 changed=self._api_changed,
                 died=self._api_died,
@@ -134,6 +137,9 @@ class Supervisor:
             for _ in range(config.server.max_workers)
         ]
         self._recovery = open_recovery(config) if config.ledger.ledger == "on" else None
+        if self._recovery is not None:
+            self._recovery.told = self._bills_recovered
+        self._settling: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.supervisor")
 
     async def run(self) -> int:
@@ -147,7 +153,7 @@ class Supervisor:
             # First: budgets begin with what the ledger says.
             await self._recovery.once(RECOVERY_TIMEOUT)
         recovering = asyncio.create_task(self._recover(), name="recovery")
-        children = [self._worker, *self._apis]
+        children = [*self._workers, *self._apis]
         keepers = [asyncio.create_task(child.keep(), name=child.name) for child in children]
         announcer = asyncio.create_task(self._announce())
         signalled = asyncio.create_task(self._signalled.wait())
@@ -167,7 +173,8 @@ class Supervisor:
             for task in (announcer, signalled, recovering, *keepers):
                 task.cancel()
             await asyncio.gather(announcer, signalled, recovering, *keepers, return_exceptions=True)
-            self._engine_listening.close()
+            for listening in self._engines_listening:
+                listening.close()
         return 0
 
     async def _recover(self) -> None:
@@ -176,8 +183,20 @@ class Supervisor:
 
     # Beginning
 
-    def _setup(self, config: Config) -> Setup:
-        return Setup(config_to_json(config), [self._files], [str(self._socket)], self._started_at)
+    def _worker(self, number: int, member: Member, memory_share: float) -> Child:
+        # A worker has no business with keys.
+        config = config_to_json(Config(model=member.section, engine=self._config.engine, log=self._config.log))
+        setup = Setup(config, [member.files], [str(self._sockets[number])], self._started_at, memory_share)
+        return Child(
+            "headrace.worker",
+            f"engine {member.files.name}" if number else "engine",
+            listening=self._engines_listening[number],
+            setup=lambda: setup,
+            received=self._hear,
+            changed=lambda worker: self._tell_apis(EngineChanged(member.files.name, worker.status)),
+            # The server is there for the default model; what may be away is what others are for.
+            essential=number == 0,
+        )
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -191,7 +210,7 @@ class Supervisor:
         self._signalled = asyncio.Event()
 
     async def _announce(self) -> None:
-        for child in (self._worker, *self._apis):
+        for child in (self._workers[0], *self._apis):
             await child.started.wait()
         url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
@@ -212,31 +231,52 @@ class Supervisor:
         if isinstance(message, AskLimits):
             pid = child.pid
             child.tell(LimitsAnswer(message.number, [self._limits.answer(ask, pid) for ask in message.asks]))
+        elif isinstance(message, CircuitCalls | AskProbe | ProbeEnded):
+            answer = self._circuits.hear(message, child.pid)
+            if answer is not None:
+                child.tell(answer)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
 
-    def _worker_changed(self, worker: Child) -> None:
+    def _tell_apis(self, message: ToChild) -> None:
         for api in self._apis:
-            api.tell(EngineChanged(self._files.name, worker.status))
+            api.tell(message)
 
     def _api_changed(self, api: Child) -> None:
-        api.tell(EngineChanged(self._files.name, self._worker.status))
+        for files, worker in zip(self._models, self._workers, strict=True):
+            api.tell(EngineChanged(files.name, worker.status))
+        for standing in self._circuits.standing():
+            api.tell(standing)
 
     def _api_died(self, pid: int) -> None:
         self._limits.lapse(pid)
+        self._circuits.lapse(pid)
         if self._recovery is not None:
             self._recovery.want()
         for path in self._figures.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 
+    def _bills_recovered(self, rows: list[UsageRow]) -> None:
+        """Now it is known what the requests of a dead process used; until now all that they had leased was taken for used."""
+        settled: list[Ask] = [Settle(row.id, row.prompt_tokens + row.completion_tokens) for row in rows]
+        url = self._config.limits.limits_url
+        if url == "memory://":
+            for ask in settled:
+                self._limits.answer(ask)
+        elif settled:
+            task = asyncio.create_task(settle_in_redis(url, settled))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
     def _processes(self) -> dict[str, object]:
-        stats = self._worker.stats
-        worker = listing(self._worker, model=self._files.name)
-        if worker is not None:
-            worker |= {"running": stats.running, "waiting": stats.waiting}
+        workers = []
+        for files, worker in zip(self._models, self._workers, strict=True):
+            line = listing(worker, model=files.name)
+            if line is not None:
+                workers.append(line | {"running": worker.stats.running, "waiting": worker.stats.waiting})
         apis = [line for api in self._apis if (line := listing(api)) is not None]
         return {
-            "workers": [] if worker is None else [worker],
+            "workers": workers,
             "api": apis,
             "supervisor": {"pid": os.getpid(), "memory_mib": memory_mib(os.getpid())},
             "version": __version__,
@@ -261,12 +301,15 @@ class Supervisor:
         ended.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ended
-        self._worker.retire()
-        self._worker.tell(Stop())
-        gone = asyncio.ensure_future(self._worker.ended.wait())
+        for worker in self._workers:
+            worker.retire()
+            worker.tell(Stop())
+        gone = asyncio.gather(*(worker.ended.wait() for worker in self._workers))
         if not await self._within(gone, END_TIMEOUT):
             self._log.warning("engine had to be killed")
         gone.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
 
     async def _within(self, done: asyncio.Future[Any], seconds: float) -> bool:
         """Wait until it is done, the time is over, or another signal comes; whether it is done."""

@@ -164,6 +164,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 EngineState = Literal["starting", "ready", "standby", "stopping", "failed"]
 
 
+CircuitState = Literal["closed", "half_open", "open"]
+"""Of a circuit breaker: all requests go through, a few try the engine, or none."""
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine's worker is in its life, as the supervisor or the worker's client sees it."""
 
@@ -493,6 +497,8 @@ class Call:
     """The request's Cache-Control header."""
     storable: bool = True
     """A step sets it False where the answer must not be kept: degraded, from a fallback, or cut short."""
+    others_left: bool = False
+    """A fallback can answer, so an engine that isn't ready isn't waited for."""
     share: Share | None = None
     """Set by the cache: the journey hands it the source, and reads what it gives instead."""
     taps: list[Tap] = field(default_factory=list)

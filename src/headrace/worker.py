@@ -40,8 +40,8 @@ def main() -> None:
     uvloop.run(_run(beginning))
 
 
-def build_engine(files: ModelFiles, config: Config) -> Engine:
-    """The engine that serves these files. Raises `ModelError`."""
+def build_engine(files: ModelFiles, config: Config, memory_share: float = 1.0) -> Engine:
+    """The engine that serves these files, with its part of the memory for keys and values. Raises `ModelError`."""
     if files.kind == "echo":
         return EchoEngine.from_options(
             load_tokenizer(files),
@@ -67,7 +67,7 @@ def build_engine(files: ModelFiles, config: Config) -> Engine:
     from headrace.engine.scheduled import ScheduledEngine
 
     return ScheduledEngine(
-        lambda: load_runner(files, config.engine),
+        lambda: load_runner(files, config.engine, memory_share),
         load_tokenizer(files),
         name=files.name,
         kind=files.kind,
@@ -77,7 +77,7 @@ def build_engine(files: ModelFiles, config: Config) -> Engine:
     )
 
 
-def load_runner(files: ModelFiles, section: EngineSection) -> Runner:
+def load_runner(files: ModelFiles, section: EngineSection, memory_share: float = 1.0) -> Runner:
     """The model on the CPU, loaded. Raises `ModelError`."""
     from headrace.engine.openvino_runner import OpenVinoRunner
 
@@ -88,6 +88,7 @@ def load_runner(files: ModelFiles, section: EngineSection) -> Runner:
         context_length=files.context_length,
         max_sequences=section.max_sequences,
         threads=section.threads,
+        memory_share=memory_share,
     )
     runner.load()
     return runner
@@ -114,7 +115,7 @@ async def _run(beginning: Beginning) -> None:
     await loop.create_unix_connection(lambda: control, sock=beginning.control)
     files = beginning.setup.models[0]
     try:
-        engine = build_engine(files, beginning.config)
+        engine = build_engine(files, beginning.config, beginning.setup.memory_share)
         server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots)
         accepting = await _listen(server, beginning.listening)
         starting = asyncio.create_task(engine.start())

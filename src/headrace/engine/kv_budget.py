@@ -21,21 +21,25 @@ def block_count(
     max_sequences: int,
     kv_bytes: int | None = None,
     free_bytes: int | None = None,
+    memory_share: float = 1.0,
 ) -> int:
     """Blocks to allocate, each of `block_size` tokens and `block_bytes` bytes over all layers.
 
+    `memory_share` of the memory is for this model, where several are served.
     With `kv_bytes` as many as fit in it; without, `SHARE` of the free memory (`free_bytes`, by default what
     `free_memory` finds). Never more than `max_sequences` full contexts need. Raises `ModelError` where not even one
     full context fits.
     """
     one = -(-context_length // block_size)
     if kv_bytes is not None:
-        budget, source = kv_bytes, f"kv_cache_gib gives {kv_bytes / _MIB:,.0f} MiB"
+        budget = int(kv_bytes * memory_share)
+        source = f"kv_cache_gib gives {budget / _MIB:,.0f} MiB" + (" to this model" if memory_share < 1 else "")
         remedy = "raise kv_cache_gib or lower the context (--context)"
     else:
         free = free_memory() if free_bytes is None else free_bytes
-        budget = int(free * SHARE)
-        source = f"{SHARE:.0%} of the {free / _MIB:,.0f} MiB that are free are {budget / _MIB:,.0f} MiB"
+        share = SHARE * memory_share
+        budget = int(free * share)
+        source = f"{share:.0%} of the {free / _MIB:,.0f} MiB that are free are {budget / _MIB:,.0f} MiB"
         remedy = "free memory, lower the context (--context), or set kv_cache_gib if you know better"
     count = min(budget // block_bytes, one * max_sequences)
     if count < one:

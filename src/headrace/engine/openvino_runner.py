@@ -27,7 +27,8 @@ class OpenVinoRunner:
     """Runs the model in `folder` (`openvino_model.xml` and `.bin`) over `num_blocks` KV blocks.
 
     Without `num_blocks`, `kv_budget` finds the number from `kv_bytes` or from free memory, for `max_sequences` of
-    `context_length` tokens. `threads` None is one a core. `precision` "f32" computes and keeps keys and values in
+    `context_length` tokens; `memory_share` of it is for this model, where several share the machine. `threads` None is
+    one a core. `precision` "f32" computes and keeps keys and values in
     float32, for comparisons; "auto" takes what is fastest on the machine: bfloat16 where it has it, activations
     quantized to 8 bits on the fly where weights are, 8-bit keys and values.
 
@@ -46,6 +47,7 @@ class OpenVinoRunner:
         context_length: int,
         max_sequences: int,
         threads: int | None,
+        memory_share: float = 1.0,
         deterministic: bool = False,
         precision: Precision = "auto",
     ) -> None:
@@ -55,6 +57,7 @@ class OpenVinoRunner:
         self._context_length = context_length
         self._max_sequences = max_sequences
         self._threads = threads
+        self._memory_share = memory_share
         self._deterministic = deterministic
         self._precision = precision
         self._block_size = 0
@@ -120,6 +123,7 @@ class OpenVinoRunner:
                 context_length=self._context_length,
                 max_sequences=self._max_sequences,
                 kv_bytes=self._kv_bytes,
+                memory_share=self._memory_share,
             )
         for port, shape, size in zip(caches, shapes, sizes, strict=True):
             # Zeroes from the system: no block holds what another process or a former sequence left, and pages that are

@@ -101,6 +101,9 @@ def create_api(
                 "X-Client-Request-Id",
                 "Server-Timing",
                 "Retry-After",
+                "X-Headrace-Model",
+                "X-Headrace-Fallback",
+                "X-Headrace-Degraded",
                 *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
             ],
         )

@@ -28,7 +28,15 @@ class HealthRoutes:
             "version": __version__,
             "model": models.default.public_name,
             "uptime_seconds": round(max(0.0, time.monotonic() - self._serving.control.started_at), 3),
-            "models": [{"name": served.public_name, "state": served.status.state, "restarts": served.status.restarts} for served in models],
+            "models": [
+                {
+                    "name": served.public_name,
+                    "state": served.status.state,
+                    "restarts": served.status.restarts,
+                    "circuit": served.circuit,
+                }
+                for served in models
+            ],
         }
         if reason:
             body["reason"] = reason
@@ -46,8 +54,8 @@ class HealthRoutes:
         return json_answer({"status": "not ready", "reason": reason}, status=503)
 
     async def startup(self, request: Request) -> Answer:
-        """200 from when every model was ready for the first time."""
-        if all(served.card is not None for served in self._serving.models):
+        """200 from when the model was ready for the first time."""
+        if self._serving.models.default.card is not None:
             return json_answer({"status": "started"})
         return json_answer({"status": "starting", "reason": self.state()[1]}, status=503)
 
@@ -55,11 +63,11 @@ class HealthRoutes:
         """Overall health, and why it isn't better."""
         if self._serving.control.draining:
             return "unhealthy", "The server is shutting down."
-        for served in self._serving.models:
-            status = served.status
-            if status.state == "ready":
-                continue
-            first = served.card is None and status.state in ("starting", "standby") and status.restarts == 0
-            reason = status.reason or f"The engine is {status.state}."
-            return ("starting" if first else "unhealthy"), f"{served.public_name}: {reason}"
-        return "healthy", ""
+        # What others are for, fallbacks and the like, may be away without harm.
+        served = self._serving.models.default
+        status = served.status
+        if status.state == "ready":
+            return "healthy", ""
+        first = served.card is None and status.state in ("starting", "standby") and status.restarts == 0
+        reason = status.reason or f"The engine is {status.state}."
+        return ("starting" if first else "unhealthy"), f"{served.public_name}: {reason}"

@@ -17,7 +17,10 @@ from starlette.requests import Request
 from headrace.http.answers import Answer, Whole
 from headrace.http.exchange import Exchange
 from headrace.policies.cache import HEADER as CACHE_HEADER
+from headrace.policies.degrade import HEADER as DEGRADED_HEADER
+from headrace.policies.route import HEADER as FALLBACK_HEADER
 from headrace.served import ServedModel, ServedModels
+from headrace.types import CircuitState
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -26,6 +29,8 @@ _REQUEST_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 12
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
+
+_CIRCUITS: dict[CircuitState, float] = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
 
 
 @runtime_checkable
@@ -68,6 +73,8 @@ class Metrics:
         self.prompt_tokens = Counter("headrace_prompt_tokens", "Tokens of prompts", ["model"], registry=into)
         self.completion_tokens = Counter("headrace_completion_tokens", "Tokens generated", ["model"], registry=into)
         self.cached_tokens = Counter("headrace_cached_tokens", "Tokens of prompts found in the prefix cache", ["model"], registry=into)
+        self.fallbacks = Counter("headrace_fallbacks", "Answers that a fallback gave, by why", ["model", "reason"], registry=into)
+        self.degraded = Counter("headrace_degraded", "Answers cut or made by a smaller model, for a long queue", ["model"], registry=into)
         self.first_token = Histogram(
             "headrace_time_to_first_token_seconds",
             "From receipt to the first token",
@@ -111,6 +118,11 @@ class Metrics:
             outcome = call.outcome
             kept = outcome.cache_level or ("shared" if outcome.served_from == "shared" else call.headers.get(CACHE_HEADER, "off"))
             self._kept(self._models.find(call.served_model).public_name, kept).inc()
+            reason = call.headers.get(FALLBACK_HEADER)
+            if reason is not None and outcome.error is None:
+                self.fallbacks.labels(self._models.find(call.model).public_name, reason).inc()
+            if DEGRADED_HEADER in call.headers:
+                self.degraded.labels(self._models.find(call.model).public_name).inc()
             # Of a shared generation each of its calls counts its own part.
             prompt = outcome.prompt_tokens if outcome.own_prompt_tokens is None else outcome.own_prompt_tokens
             completion = outcome.completion_tokens if outcome.own_completion_tokens is None else outcome.own_completion_tokens
@@ -193,8 +205,14 @@ class _Engines:
         for served in self._models:
             ready.add_metric([served.public_name], float(served.status.state == "ready"))
             restarts.add_metric([served.public_name], served.status.restarts)
+        circuits = GaugeMetricFamily(
+            "headrace_breaker_state", "Of the model's circuit breaker: 0 closed, 1 half-open, 2 open", labels=["model"]
+        )
+        for served in self._models:
+            circuits.add_metric([served.public_name], _CIRCUITS[served.circuit])
         yield ready
         yield restarts
+        yield circuits
 
 
 def model_of(models: ServedModels, exchange: Exchange) -> ServedModel | None:

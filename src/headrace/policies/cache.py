@@ -16,9 +16,9 @@ import msgspec
 from headrace.policies.answer_key import answer_key
 from headrace.policies.single_flight import Flight
 from headrace.policies.stored_answer import Recorder, StoredAnswer, pack, unpack
-from headrace.ports import Answers
-from headrace.served import ServedModels
-from headrace.types import CacheTags, Call, Event
+from headrace.ports import Answers, KeepsOld
+from headrace.served import ServedModel, ServedModels
+from headrace.types import CacheTags, Call, Event, GenerateRequest
 
 HEADER = "x-headrace-cache"
 LARGEST = 2 * 1048576
@@ -87,15 +87,29 @@ class ResponseCache:
             if not flight.members and self._flights.get(key) is flight:
                 del self._flights[key]
 
+    async def old(self, call: Call, request: GenerateRequest, model: ServedModel) -> list[list[Event]] | None:
+        """What was once answered to this very request, even if it has expired: better than nothing while the model can't answer."""
+        if not isinstance(self._answers, KeepsOld) or "no-store" in call.cache_control.lower() or call.cache is False:
+            return None
+        key = self._key_of(call, request, model)
+        found = await self._answers.old(key) if key is not None else None
+        answer = unpack(found[0]) if found is not None else None
+        if answer is None or found is None:
+            return None
+        self._replay(call, answer, found[1])
+        return answer.batches(stream=call.stream)
+
     def _key(self, call: Call) -> bytes | None:
-        """None where it can't be said what determines the answer."""
         assert call.request is not None, "the prepare step makes the request"
-        model = self._models.find(call.served_model)
+        return self._key_of(call, call.request, self._models.find(call.served_model))
+
+    def _key_of(self, call: Call, request: GenerateRequest, model: ServedModel) -> bytes | None:
+        """None where it can't be said what determines the answer."""
         if model.card is None:
             return None
         try:
             return answer_key(
-                call.request,
+                request,
                 tenant=call.subject_tenant,
                 model=model.files.name,
                 fingerprint=f"{model.files.fingerprint}/{model.card.fingerprint}",
@@ -172,7 +186,8 @@ def wanted(call: Call) -> Use:
     """
     words = {word.strip() for word in call.cache_control.lower().split(",")} if call.cache_control else ()
     determined = call.sampling.temperature == 0 or call.sampling.seed is not None
-    if call.cache is False or "no-store" in words or not (determined or call.cache):
+    # What isn't storable before it is made is a fallback's, which is nobody else's answer either.
+    if not call.storable or call.cache is False or "no-store" in words or not (determined or call.cache):
         return "off"
     return "write" if "no-cache" in words or "max-age=0" in words else "all"
 

@@ -50,15 +50,24 @@ class LevelCounts:
 
 
 class CacheLevels:
-    """`ports.Answers`. `second` is called `name` in headers and figures; values live `ttl` seconds. `clock` is Unix time."""
+    """`ports.Answers` and `ports.KeepsOld`. `second` is called `name` in headers and figures; values live `ttl` seconds, and are kept
+    for `grace` seconds more (the memory's is its own matter). `clock` is Unix time."""
 
     def __init__(
-        self, memory: MemoryCache, second: Cache | None = None, *, name: str = "", ttl: float, clock: Callable[[], float] = time.time
+        self,
+        memory: MemoryCache,
+        second: Cache | None = None,
+        *,
+        name: str = "",
+        ttl: float,
+        grace: float = 0.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._memory = memory
         self._second = second
         self._name = name
         self._ttl = ttl
+        self._grace = grace
         self._clock = clock
         self.counts = LevelCounts()
         self.purges = 0
@@ -96,6 +105,20 @@ class CacheLevels:
         self.counts.second_hits += 1
         return value, self._name
 
+    async def old(self, key: bytes) -> tuple[bytes, str] | None:
+        remembered = self._memory.recall_old(key)
+        if remembered is not None:
+            return remembered, "memory"
+        if self._second is None or time.monotonic() < self._rest_until:
+            return None
+        try:
+            async with asyncio.timeout(READ_TIMEOUT):
+                found = await self._second.get(key)
+        except (StoreUnavailable, TimeoutError) as error:
+            self._failed("read", error)
+            return None
+        return None if found is None or len(found) < 2 + _EXPIRY.size else (_unpacked(found)[0], self._name)
+
     def keep(self, key: bytes, value: bytes, tags: CacheTags) -> None:
         self._memory.keep(key, value, tags, self._ttl)
         if self._second is None:
@@ -121,7 +144,7 @@ class CacheLevels:
             await asyncio.wait(self._writing)
         dropped = max(dropped, await self._second.purge(tenant=tenant, model=model, key=key))
         self._mark = os.urandom(16)
-        await self._second.put(_MARK, self._mark, _OURS, self._ttl + 60)
+        await self._second.put(_MARK, self._mark, _OURS, self._ttl + self._grace + 60)
         return dropped
 
     async def sizes(self) -> dict[str, CacheSize | None]:
@@ -152,7 +175,7 @@ class CacheLevels:
         try:
             async with self._writes_allowed, asyncio.timeout(WRITE_TIMEOUT):
                 if purges == self.purges:
-                    await second.put(key, value, tags, self._ttl)
+                    await second.put(key, value, tags, self._ttl + self._grace)
                     self.counts.writes += 1
         except (StoreUnavailable, TimeoutError) as error:
             self._failed("write", error)

@@ -23,10 +23,11 @@ class _Entry:
 
 
 class MemoryCache:
-    """`ports.Cache`. `clock` is in seconds and never goes back."""
+    """`ports.Cache`. `clock` is in seconds and never goes back. What has expired is kept for `grace` seconds, for `recall_old`."""
 
-    def __init__(self, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_bytes: int, *, grace: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes = max_bytes
+        self._grace = grace
         self._clock = clock
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._bytes = 0
@@ -55,10 +56,19 @@ class MemoryCache:
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if entry.expires <= self._clock():
-            self._drop(key)
+        now = self._clock()
+        if entry.expires <= now:
+            if entry.expires + self._grace <= now:
+                self._drop(key)
             return None
         self._entries.move_to_end(key)
+        return entry.value
+
+    def recall_old(self, key: bytes) -> bytes | None:
+        """As `recall`, also for what has expired a while ago."""
+        entry = self._entries.get(key)
+        if entry is None or entry.expires + self._grace <= self._clock():
+            return None
         return entry.value
 
     def keep(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
@@ -83,7 +93,7 @@ class MemoryCache:
 
     def _expire(self) -> None:
         now = self._clock()
-        for key in [key for key, entry in self._entries.items() if entry.expires <= now]:
+        for key in [key for key, entry in self._entries.items() if entry.expires + self._grace <= now]:
             self._drop(key)
 
 

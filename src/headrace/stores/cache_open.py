@@ -26,7 +26,9 @@ def open_cache(config: Config) -> CacheLevels | None:
     name, second = second_level(config)
     if second is not None and section.cache_encryption_key is not None:
         second = SealedCache(second, section.cache_encryption_key.get_secret_value())
-    return CacheLevels(MemoryCache(int(section.cache_memory_mib * MIB)), second, name=name, ttl=section.cache_ttl)
+    resilience = config.resilience
+    grace = resilience.fallback_cache_age if any("cache" in chain for chain in resilience.fallbacks.values()) else 0.0
+    return CacheLevels(MemoryCache(int(section.cache_memory_mib * MIB), grace=grace), second, name=name, ttl=section.cache_ttl, grace=grace)
 
 
 def second_level(config: Config) -> tuple[str, Cache | None]:
