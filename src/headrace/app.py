@@ -253,6 +253,7 @@ async def _run(beginning: Beginning) -> None:
         await asyncio.sleep(0.05)
         os._exit(3)
     if books is not None:
+        books.told = lambda row: limits.correct(row.id, row.prompt_tokens + row.completion_tokens)
         books.start()
     for _, client in models.values():
         client.connect()

@@ -81,6 +81,8 @@ class Bookkeeper:
         self._journal = Journal(self._folder)
         self._entries: dict[str, _Entry] = {}
         self._opening: list[tuple[UsageRow, asyncio.Future[None]]] = []
+        self.told: Callable[[UsageRow], None] | None = None
+        """Hears of each row when its counts are final."""
         self._settling: list[tuple[UsageRow, int]] = []
         """With their slots; 0 is none."""
         self._due = asyncio.Event()
@@ -223,6 +225,8 @@ class Bookkeeper:
     def _settle(self, row: UsageRow, slot: int) -> None:
         row = msgspec.structs.replace(row, writer=self.writer, settled_at=time.time(), price=self._pricing(row))
         self._settling.append((row, slot))
+        if self.told is not None:
+            self.told(row)
         if self._closing or len(self._settling) >= GROUP:
             self._due.set()
         elif self._timer is None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from headrace.claims import Claim
+import structlog
+
+from headrace.claims import Ask, Claim
+from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import LimitPlace, SharedLimits, Spent, nothing_spent
+
+SETTLE_TIMEOUT = 5.0
+"""Seconds; nobody waits for it."""
 
 
 def open_limits(url: str, memory: LimitPlace, *, ledger: Ledger | None, processes: int) -> SharedLimits:
@@ -26,3 +32,17 @@ def spent_by(ledger: Ledger) -> Spent:
         return 0
 
     return spent
+
+
+async def settle_in_redis(url: str, settled: list[Ask]) -> None:
+    """Tell Redis what requests of processes that died really used.
+
+    If it is away, their budgets stay charged with all that they had leased.
+    """
+    place = RedisLimits(url, timeout=SETTLE_TIMEOUT)
+    try:
+        await place.exchange(settled)
+    except StoreUnavailable as error:
+        structlog.get_logger("headrace.limits").warning("limits of dead processes stay charged", reason=error.message)
+    finally:
+        await place.close()

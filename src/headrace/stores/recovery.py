@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -38,6 +39,8 @@ class Recovery:
         self._ledger = ledger
         self._folder = folder
         self._pricing = pricing
+        self.told: Callable[[list[UsageRow]], None] | None = None
+        """Hears of rows once they are settled."""
         self._wanted = asyncio.Event()
         self._log = structlog.get_logger("headrace.ledger")
 
@@ -92,8 +95,11 @@ class Recovery:
             await replay(self._ledger, files(folder))
             rows = await self._ledger.open_rows(folder.name)
             for at in range(0, len(rows), GROUP):
+                settled = [self._settled(row, left) for row in rows[at : at + GROUP]]
                 async with asyncio.timeout(TIMEOUT):
-                    await self._ledger.write([], [self._settled(row, left) for row in rows[at : at + GROUP]])
+                    await self._ledger.write([], settled)
+                if self.told is not None:
+                    self.told(settled)
             if rows:
                 self._log.info("bills settled", rows=len(rows), writer=folder.name)
             # The slots last: as long as they are there, somebody will come and look at the rest.

@@ -86,6 +86,8 @@ class SharedLimits:
         self._apart = LimitsApart(processes, lambda claim: self._room(claim) if claim.subject in self._known else None)
         self._guessed: dict[str, tuple[tuple[Claim, ...], int]] = {}
         """Requests that were settled with the most they can have used."""
+        self._final: dict[str, int] = {}
+        """What requests used that are still to be settled."""
         self._outbox: list[tuple[Ask, Answered]] = []
         self._owed: dict[str, Ask] = {}
         """What the place must hear of when it is back, by id; saying it twice does no harm."""
@@ -147,6 +149,9 @@ class SharedLimits:
 
     async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
         """The request is over. It is sent before the first wait, so that a cancellation can't lose it; how its claims stand then."""
+        final = self._final.pop(id, None)
+        if final is not None:
+            used, guessed = final, False
         running = self._running.get(id)
         if guessed and running is not None:
             self._guessed[id] = (running.take.claims, used)
@@ -156,7 +161,11 @@ class SharedLimits:
         return await done if done is not None else None
 
     def correct(self, id: str, used: int) -> None:
-        """What the ledger says that a request really used, for one that was settled with a guess; others are ignored. Never waits."""
+        """What the ledger says that a request really used, whether it has been settled with a guess or is about to be settled; others
+        are ignored. Never waits."""
+        if id in self._running:
+            self._final[id] = used
+            return
         claims, guess = self._guessed.pop(id, ((), used))
         if used != guess:
             self._send(Charge(f"{id}:corrected", claims, 0, used - guess), _ignore)
