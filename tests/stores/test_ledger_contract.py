@@ -36,7 +36,8 @@ async def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 def opened(id: str, **more: Any) -> UsageRow:
-    return UsageRow(**{"id": id, "opened_at": NOON, "tenant": "acme", "model": "m", "key": "key_1", "writer": "w", "currency": "EUR", **more})
+    usual: dict[str, Any] = {"opened_at": NOON, "tenant": "acme", "model": "m", "key": "key_1", "writer": "w", "currency": "EUR"}
+    return UsageRow(id=id, **usual | more)
 
 
 def settled(row: UsageRow, completion: int, **more: Any) -> UsageRow:

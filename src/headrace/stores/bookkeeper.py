@@ -90,6 +90,8 @@ class Bookkeeper:
         self._away = False
         self._writing: asyncio.Task[None] | None = None
         self._returning: asyncio.Task[None] | None = None
+        self._abandoned: set[asyncio.Future[None]] = set()
+        """Commits that took too long."""
         self._closing = False
         self._log = structlog.get_logger("headrace.ledger")
 
@@ -269,12 +271,31 @@ class Bookkeeper:
         """In the database, or else in the journal. Raises `OSError` where neither will have them."""
         if not self._away:
             try:
-                async with asyncio.timeout(self._patience):
-                    await self._ledger.write(opened, settled)
+                await self._write_in_time(opened, settled)
                 return
             except (StoreUnavailable, TimeoutError) as error:
                 self._go_away(error)
         await asyncio.to_thread(self._journal.append, [*opened, *settled])
+
+    async def _write_in_time(self, opened: list[UsageRow], settled: list[UsageRow]) -> None:
+        """Raises `TimeoutError`; what is under way then may still arrive, and changes nothing that was written meanwhile."""
+        writing = asyncio.ensure_future(self._ledger.write(opened, settled))
+        try:
+            await asyncio.wait((writing,), timeout=self._patience)
+        finally:
+            if not writing.done():
+                # Not awaited: a driver in a thread comes back only when its own time is over.
+                self._abandoned.add(writing)
+                writing.add_done_callback(self._forget_abandoned)
+                writing.cancel()
+        if not writing.done():
+            raise TimeoutError
+        writing.result()
+
+    def _forget_abandoned(self, writing: asyncio.Future[None]) -> None:
+        self._abandoned.discard(writing)
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            self._log.debug("an abandoned commit failed", reason=str(error))
 
     def _refuse(self, opening: list[tuple[UsageRow, asyncio.Future[None]]], error: Exception) -> None:
         self._log.error("usage can't be written", reason=f"{type(error).__name__}: {error}", refused=len(opening))
@@ -301,8 +322,7 @@ class Bookkeeper:
                 if paths:
                     await replay(self._ledger, paths)
                 else:
-                    async with asyncio.timeout(self._patience):
-                        await self._ledger.write([], [])
+                    await self._write_in_time([], [])
             except (StoreUnavailable, TimeoutError, OSError):
                 self._away = True
                 continue
@@ -321,7 +341,7 @@ class Bookkeeper:
         self._closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
-                while self.unsettled:
+                while self.unsettled or (not self._away and self._returning is not None and not self._returning.done()):
                     self._due.set()
                     await asyncio.sleep(0.005)
         for task in (self._writing, self._returning):
