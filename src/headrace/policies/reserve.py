@@ -44,6 +44,9 @@ class Reserve:
         try:
             yield
         finally:
+            if lease is not None:
+                # A fallback comes with a lease of its own.
+                call.transforms.remove(lease)
             used, guessed = used_tokens(call, lease)
             rooms = await self._limits.settle(call.id, used, guessed=guessed)
             if rooms is not None:
