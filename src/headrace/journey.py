@@ -17,6 +17,7 @@ from headrace.policies.callers import Callers
 from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
 from headrace.policies.degrade import Degrade
+from headrace.policies.filter_input import filter_steps
 from headrace.policies.identify import Identify
 from headrace.policies.ledger import KeepBooks
 from headrace.policies.limit_requests import LimitRequests
@@ -60,6 +61,7 @@ class Journey:
         steps: list[Step] = [Identify(callers or Callers(config.access))]
         if limits is not None:
             steps.append(LimitRequests(claimants, limits))
+        steps += filter_steps(config.filters, models=models)
         prepare = Prepare(models, config.server)
         attempt: list[Step] = [Authorize(models), prepare]
         cache = None

@@ -25,7 +25,13 @@ PRIVATE = frozenset({"prompt", "messages", "message_text", "text", "completion",
 """Fields that are replaced, whoever set them."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-_QUIET = {"uvicorn.error": logging.WARNING, "httpx": logging.WARNING, "httpcore": logging.WARNING, "asyncio": logging.WARNING}
+_QUIET = {
+    "uvicorn.error": logging.WARNING,
+    "alembic": logging.WARNING,
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "asyncio": logging.WARNING,
+}
 
 
 def configure(section: LogSection, process: str, *, stream: TextIO | None = None) -> None:

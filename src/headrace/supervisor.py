@@ -44,6 +44,7 @@ from headrace.control import (
 )
 from headrace.lineup import Member, lineup
 from headrace.policies.breaker import BreakerRules
+from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder
@@ -75,6 +76,8 @@ def serve(config: Config) -> int:
                 tls = check_tls(config.tls)
                 if config.cache.response_cache == "on":
                     second_level(config)
+                # A pattern that can't be used stops the start here, not each API process.
+                filter_steps(config.filters)
                 config, members = lineup(config)
                 prepared.result()
         except KeyboardInterrupt as interrupt:

@@ -489,6 +489,8 @@ class Call:
     """A transform sets it where nothing more may be said; the journey then closes the source."""
     notes: dict[str, str] = field(default_factory=dict)
     """What callers are told of the journey: headers of non-streaming answers, comments at the end of streams."""
+    filtered: list[tuple[str, str, str]] = field(default_factory=list)
+    """What filters decided, in order: stage, kind of match, action; for the metrics."""
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer, whether it is streamed, whole or a refusal; names in lower case."""
     cache: bool | None = None

@@ -15,7 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from headrace.config import AccessSection, Config, ServerSection
+from headrace.config import AccessSection, Config, FilterSection, ServerSection
 from headrace.engine.echo import EchoEngine
 from headrace.http.api import create_api
 from headrace.journey import Journey
@@ -88,7 +88,9 @@ class Stand:
     url: str = ""
 
 
-def stand(engine: Engine | None = None, *, pace: float = 0.0, keys: bool = True, **server: Any) -> Stand:
+def stand(
+    engine: Engine | None = None, *, pace: float = 0.0, keys: bool = True, filters: FilterSection | None = None, **server: Any
+) -> Stand:
     files = ModelFiles(name="echo-1", kind="echo", aliases=("house",), context_length=CONTEXT)
     tokenizer = ByteTokenizer()
     engine = engine or EchoEngine(tokenizer, name="echo-1", context_length=CONTEXT, fingerprint="fp_echo", pace=pace)
@@ -100,7 +102,7 @@ def stand(engine: Engine | None = None, *, pace: float = 0.0, keys: bool = True,
     models = ServedModels([served])
     proxies = server.pop("trusted_proxies", ())
     access = AccessSection(api_keys=(KEY,) if keys else (), trusted_proxies=proxies)  # type: ignore[arg-type]
-    config = Config(server=ServerSection(**server), access=access)
+    config = Config(server=ServerSection(**server), access=access, filters=filters or FilterSection())
     control = StandingControl()
     app = create_api(config, models, Journey.standard(config, models), control=control)
     return Stand(app, engine, served, control)

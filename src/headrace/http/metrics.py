@@ -75,6 +75,7 @@ class Metrics:
         self.cached_tokens = Counter("headrace_cached_tokens", "Tokens of prompts found in the prefix cache", ["model"], registry=into)
         self.fallbacks = Counter("headrace_fallbacks", "Answers that a fallback gave, by why", ["model", "reason"], registry=into)
         self.degraded = Counter("headrace_degraded", "Answers cut or made by a smaller model, for a long queue", ["model"], registry=into)
+        self.filtered = Counter("headrace_filter_actions", "Matches that filters acted on", ["stage", "kind", "action"], registry=into)
         self.first_token = Histogram(
             "headrace_time_to_first_token_seconds",
             "From receipt to the first token",
@@ -112,6 +113,8 @@ class Metrics:
         self._request(exchange.route, method, str(status), model).inc()
         self._seconds(exchange.route).observe(now - exchange.started_at)
         for call in exchange.calls:
+            for decision in call.filtered:
+                self.filtered.labels(*decision).inc()
             if call.served_model is None:
                 continue
             meters = self._model(self._models.find(call.served_model).public_name)

@@ -21,9 +21,7 @@ class FilterOutput:
 
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
-        # The cache keeps what left this filter.
-        if call.outcome.served_from != "cache":
-            call.transforms.append(self.transform(call))
+        call.transforms.append(self.transform(call))
         yield
 
     def transform(self, call: Call) -> OutputTransform:
@@ -44,6 +42,9 @@ class OutputTransform:
         self._with_logprobs = call.sampling.logprobs is not None
 
     def __call__(self, batch: list[Event]) -> list[Event]:
+        if self._call.outcome.served_from == "cache":
+            # The cache keeps what left this filter.
+            return batch
         out: list[Event] = []
         for event in batch:
             if not isinstance(event, Delta):

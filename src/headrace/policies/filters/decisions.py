@@ -39,6 +39,7 @@ class Decisions:
 
     def __call__(self, kind: str, action: Action) -> None:
         self._count(self._stage, kind, action)
+        self._call.filtered.append((self._stage, kind, action))
         if self._report:
             self._noted[kind] += 1
             self._call.notes[NOTE] = ",".join(f"{kind}={number}" for kind, number in self._noted.items())
