@@ -85,6 +85,8 @@ class Bookkeeper:
         """Hears of each row when its counts are final."""
         self._settling: list[tuple[UsageRow, int]] = []
         """With their slots; 0 is none."""
+        self._in_hand = 0
+        """Settlements that are being written."""
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._away = False
@@ -107,7 +109,7 @@ class Bookkeeper:
     @property
     def unsettled(self) -> int:
         """Requests whose bill isn't durable yet."""
-        return len(self._entries) + len(self._settling)
+        return len(self._entries) + len(self._settling) + self._in_hand
 
     def start(self) -> None:
         self._writing = asyncio.create_task(self._write_groups(), name="ledger")
@@ -251,6 +253,7 @@ class Bookkeeper:
             while self._opening or self._settling:
                 opening, self._opening = self._opening[:GROUP], self._opening[GROUP:]
                 settling, self._settling = self._settling[:GROUP], self._settling[GROUP:]
+                self._in_hand = len(settling)
                 try:
                     await self._make_durable([row for row, _ in opening], [row for row, _ in settling])
                 except Exception as error:  # noqa: BLE001  the writer's edge: it must live, and whoever waits must hear of it
@@ -266,6 +269,8 @@ class Bookkeeper:
                     for _, slot in settling:
                         if slot:
                             self._slots.free(slot)
+                finally:
+                    self._in_hand = 0
 
     async def _make_durable(self, opened: list[UsageRow], settled: list[UsageRow]) -> None:
         """In the database, or else in the journal. Raises `OSError` where neither will have them."""
