@@ -297,6 +297,8 @@ async def _run(beginning: Beginning) -> None:
     await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
     gc.collect()
     gc.freeze()
+    # Requests leave no cycles behind: looking for them every 700 objects costs 4 % of a cached answer.
+    gc.set_threshold(20_000, 20, 20)
     link.connection.send(Alive("ready"))
     await serving
     if books is not None:
