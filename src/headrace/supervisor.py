@@ -95,11 +95,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def open_recovery(config: Config) -> Recovery:
-    """Settles what API processes leave when they die, this server's and those of servers before it."""
-    return Recovery(SqlLedger(Database(database_url(config.store))), journal_folder(config.store), Prices(config.ledger))
-
-
 class Supervisor:
     """The children of one server: an engine worker for each model, and API processes that share them."""
 
@@ -139,8 +134,11 @@ class Supervisor:
             )
             for _ in range(config.server.max_workers)
         ]
-        self._recovery = open_recovery(config) if config.ledger.ledger == "on" else None
-        if self._recovery is not None:
+        self._database = Database(database_url(config.store))
+        self._recovery: Recovery | None = None
+        """Settles what API processes leave when they die, this server's and those of servers before it."""
+        if config.ledger.ledger == "on":
+            self._recovery = Recovery(SqlLedger(self._database), journal_folder(config.store), Prices(config.ledger))
             self._recovery.told = self._bills_recovered
         self._settling: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.supervisor")
@@ -178,6 +176,7 @@ class Supervisor:
             await asyncio.gather(announcer, signalled, recovering, *keepers, return_exceptions=True)
             for listening in self._engines_listening:
                 listening.close()
+            await self._database.close()
         return 0
 
     async def _recover(self) -> None:
