@@ -156,7 +156,10 @@ class ChatChunks:
             out = self._begin()
         if len(events) == 1 and type(events[0]) is Delta:
             return out + self._chunk(events[0])
-        return out + b"".join(self._chunk(event) for event in _merged(events))
+        # A kept answer comes all at once, and is still to look like a stream.
+        kept = self._call.outcome.served_from == "cache"
+        deltas = [event for event in events if isinstance(event, Delta)] if kept else _merged(events)
+        return out + b"".join(map(self._chunk, deltas))
 
     def _begin(self) -> bytes:
         self._opening = self._head.opening()

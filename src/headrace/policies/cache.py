@@ -97,7 +97,7 @@ class ResponseCache:
         if answer is None or found is None:
             return None
         self._replay(call, answer, found[1])
-        return answer.batches(stream=call.stream)
+        return [answer.again()]
 
     def _key(self, call: Call) -> bytes | None:
         assert call.request is not None, "the prepare step makes the request"
@@ -136,7 +136,7 @@ class ResponseCache:
     def _replay(self, call: Call, answer: StoredAnswer, level: str) -> None:
         call.headers[HEADER] = "hit"
         call.notes.update(answer.notes)
-        call.source = Given(answer.batches(stream=call.stream))
+        call.source = Given(answer.again())
         outcome = call.outcome
         outcome.served_from, outcome.cache_level, outcome.cached_price = "cache", level, self._price
         outcome.own_prompt_tokens = outcome.own_completion_tokens = 0
@@ -193,17 +193,18 @@ def wanted(call: Call) -> Use:
 
 
 class Given:
-    """Event batches that are at hand. A class, because a generator costs several times as much."""
+    """One batch of events that are at hand. A class, because a generator costs several times as much."""
 
-    __slots__ = ("_batches",)
+    __slots__ = ("_events",)
 
-    def __init__(self, batches: list[list[Event]]) -> None:
-        self._batches = iter(batches)
+    def __init__(self, events: list[Event]) -> None:
+        self._events: list[Event] | None = events
 
     def __aiter__(self) -> Given:
         return self
 
     async def __anext__(self) -> list[Event]:
-        for batch in self._batches:
-            return batch
-        raise StopAsyncIteration
+        events, self._events = self._events, None
+        if events is None:
+            raise StopAsyncIteration
+        return events

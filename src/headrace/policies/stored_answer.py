@@ -9,7 +9,7 @@ import msgspec
 from headrace.types import Call, Delta, Event, PromptScores, Report
 
 PIECE = 32
-"""Tokens of a choice that one stored delta holds, at least: so many come at once when an answer is streamed again."""
+"""Tokens of a choice that one stored delta holds, at least: so many are in a chunk when an answer is streamed again."""
 
 
 class StoredAnswer(msgspec.Struct, frozen=True, array_like=True):
@@ -19,13 +19,9 @@ class StoredAnswer(msgspec.Struct, frozen=True, array_like=True):
     notes: dict[str, str]
     """What callers are told of the journey (`Call.notes`)."""
 
-    def batches(self, *, stream: bool) -> list[list[Event]]:
-        """The answer again, piece by piece or whole. Its report says that all of the prompt was cached, and nothing took any time."""
-        report = Report(self.prompt_tokens, self.prompt_tokens, self.completion_tokens, 0.0, 0.0, 0.0)
-        if stream:
-            pieces: list[list[Event]] = [[event] for event in self.events]
-            return [*pieces, [report]]
-        return [[*self.events, report]]
+    def again(self) -> list[Event]:
+        """All of the answer. Its report says that all of the prompt was cached, and nothing took any time."""
+        return [*self.events, Report(self.prompt_tokens, self.prompt_tokens, self.completion_tokens, 0.0, 0.0, 0.0)]
 
 
 _encode = msgspec.msgpack.Encoder().encode
