@@ -94,7 +94,7 @@ def test_models_lists_the_catalog_and_the_empty_cache(quick: QuickCli) -> None:
     assert default["size"] == 98_362_432
     assert said["cache"] == []
     shown = quick("models").stdout
-    assert "smollm2-135m-instruct" in shown
+    assert all(entry["name"] in shown for entry in said["catalog"]), "a name that is broken over two lines can't be copied"
     assert "nothing yet" in shown
     assert not (quick.folder / "cache").exists()
 
@@ -214,6 +214,12 @@ def test_chat_keeps_the_history(cli: Cli, protocol_server: ProtocolServer) -> No
         [system, {"role": "user", "content": "new"}],
     ]
     assert all(body["stream"] is True and body["model"] == "small" for body in protocol_server.bodies)
+    assert {body["temperature"] for body in protocol_server.bodies} == {0.7}, "as on /chat: at 1 a small model talks nonsense"
+
+
+def test_chat_takes_a_temperature(cli: Cli, protocol_server: ProtocolServer) -> None:
+    assert cli("chat", "--url", protocol_server.url, "--temperature", "0", stdin="hello\n").returncode == 0
+    assert [body["temperature"] for body in protocol_server.bodies] == [0]
 
 
 def test_chat_cannot_be_made_to_control_the_terminal(cli: Cli, protocol_server: ProtocolServer) -> None:

@@ -130,6 +130,7 @@ NATIVE: list[tuple[Any, list[Any]]] = [
     ({"prompt": 5}, ["prompt"]),
     ({"prompt": "a\0"}, ["prompt"]),
     ({"prompt": "x", "foo": 1}, ["foo"]),
+    ({"prompt": "x", "foo[0]": 1}, ["foo[0]"]),
     ({"prompt": "x", "max_length": 0}, ["max_length"]),
     ({"prompt": "x", "max_length": 10**9}, ["max_length"]),
     ({"prompt": "x", "max_length": "many"}, ["max_length"]),
@@ -169,6 +170,8 @@ async def test_native_refusals_name_the_field() -> None:
             first = answer.json()["detail"][0]
             assert first["loc"][: 1 + len(where)] == ["body", *where], (body, first)
             assert {"loc", "msg", "type"} <= set(first)
+            told = {str(part) for fault in answer.json()["detail"] for part in fault["loc"]}
+            assert not any("[" in part and part not in body for part in told), (body, told)
 
 
 @pytest.mark.anyio

@@ -48,7 +48,7 @@ def _print(entries: list[CatalogEntry], local: list[LocalModel], folder: Path) -
     cached = {model.name for model in local}
     catalog = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("NAME", "DOWNLOAD", "MEMORY", "LICENCE", "LANGUAGES", "HERE"):
-        catalog.add_column(title, justify="right" if title in ("DOWNLOAD", "MEMORY") else "left", overflow="fold")
+        catalog.add_column(title, justify="right" if title in ("DOWNLOAD", "MEMORY") else "left", overflow="fold", no_wrap=title == "NAME")
     for entry in entries:
         here = "yes" if entry.name in cached else "-"
         catalog.add_row(
@@ -62,7 +62,7 @@ def _print(entries: list[CatalogEntry], local: list[LocalModel], folder: Path) -
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("NAME", "ON DISK", "CONTEXT", "SOURCE"):
-        table.add_column(title, justify="right" if title in ("ON DISK", "CONTEXT") else "left", overflow="fold")
+        table.add_column(title, justify="right" if title in ("ON DISK", "CONTEXT") else "left", overflow="fold", no_wrap=title == "NAME")
     for model in local:
         table.add_row(model.name, readable(model.size), str(model.context_length), model.source)
     console.print(table)

@@ -185,7 +185,10 @@ def _refuse_crowds(data: Any, place: Location) -> None:
 
 
 def _fault(error: Any, place: Location) -> Fault:
-    loc = tuple(part if isinstance(part, int) else part[:100] for part in error["loc"])
+    # Where a field may be one of several types pydantic adds the type's own description, which is no place in the body.
+    unknown = error["type"] == "extra_forbidden"  # the caller's own name, whatever is in it
+    parts = [part for part in error["loc"] if isinstance(part, int) or unknown or "[" not in part]
+    loc = tuple(part if isinstance(part, int) else part[:100] for part in parts)
     message: str = error["msg"]
     return Fault((*place, *loc), message[:300].removeprefix("Value error, "), error["type"], _shown(error["input"]))
 
