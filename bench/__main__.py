@@ -18,7 +18,17 @@ from bench.others import OthersWatch
 from bench.results import append
 from bench.servers import ServerFailed
 
-NAMES = ("engine_vs_genai", "http_vs_engine", "vs_llama_server", "api_cpu", "start_to_ready", "fairness", "prefix", "cached_answer")
+NAMES = (
+    "engine_vs_genai",
+    "http_vs_engine",
+    "vs_llama_server",
+    "api_cpu",
+    "start_to_ready",
+    "fairness",
+    "prefix",
+    "cached_answer",
+    "ledger_after_kills",
+)
 
 
 def main(arguments: list[str]) -> int:
