@@ -29,6 +29,18 @@ def lineup(config: Config) -> tuple[Config, list[Member]]:
     return _Lineup(config).all()
 
 
+def check(config: Config) -> None:
+    """Raises `ConfigError` for settings that would change nothing."""
+    resilience = config.resilience
+    degrades = resilience.degrade_max_tokens is not None or resilience.degrade_model is not None
+    if resilience.degrade_queue is None and degrades:
+        raise ConfigError("degrade_max_tokens and degrade_model need degrade_queue: the queue from which answers are degraded.")
+    if resilience.degrade_queue is not None and not degrades:
+        raise ConfigError("degrade_queue needs degrade_max_tokens, degrade_model or both: how answers are degraded.")
+    if config.cache.response_cache == "off" and any("cache" in chain for chain in resilience.fallbacks.values()):
+        raise ConfigError("fallbacks: `cache` needs response_cache = on.")
+
+
 class _Lineup:
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -39,6 +51,7 @@ class _Lineup:
 
     def all(self) -> tuple[Config, list[Member]]:
         resilience = self._config.resilience
+        check(self._config)
         self._add(self._config.model)
         chains = {name: tuple(self._named(entry) for entry in chain) for name, chain in resilience.fallbacks.items()}
         smaller = None if resilience.degrade_model is None else self._model(resilience.degrade_model)

@@ -78,7 +78,10 @@ class Breaker:
 
     def probed(self, number: int, succeeded: bool | None, now: float) -> None:
         """What a probe found; None: nothing, somebody else may try. Numbers of another epoch are ignored."""
-        if self._probes.pop(number, None) is None or succeeded is None:
+        if number not in self._probes:
+            return
+        del self._probes[number]
+        if succeeded is None:
             return
         if not succeeded:
             self._open(now)

@@ -86,7 +86,7 @@ class Fallbacks:
                 if answer is not None:
                     return _said(call, answer, model.public_name)
             elif (other := self._models.find(each.text)) is not model and _speaks_to(other, model, call):
-                call.model = each.text
+                asked, call.model = call.model, each.text
                 try:
                     begun = await _begin(call, stack, attempt)
                 except DeadlineExceeded:
@@ -94,6 +94,8 @@ class Fallbacks:
                 except HeadraceError as refusal:
                     # It can't take what the first one took: too long for it, or not for this key.
                     begun = refusal
+                finally:
+                    call.model = asked
                 if not isinstance(begun, HeadraceError):
                     return begun
         start.restore(call)
