@@ -1,7 +1,7 @@
 """The default model in the transformers implementation, in float32: what the engine's results are held against.
 
 Its matrices are the very ones that the served OpenVINO model holds, decompressed, so that only the computing differs. (A
-conversion from GGUF need not keep the weights: OpenVINO GenAI 2026.4 rounds the offsets of Q4_1 blocks to whole steps.)
+conversion from GGUF need not keep the weights bit by bit; test_served_weights.py bounds how far they are from the file.)
 Vectors and hyperparameters come from the GGUF file.
 """
 

@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what a conversion writes changes; models converted under another number are converted anew."""
 
 CARD = "headrace.json"

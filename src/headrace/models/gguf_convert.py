@@ -59,15 +59,22 @@ def _convert(path: Path, folder: Path) -> None:
     except OSError:
         link.symlink_to(path.resolve())
     try:
-        ran = subprocess.run([sys.executable, "-c", _CHILD, str(link)], capture_output=True, text=True, errors="replace", check=False)
+        ran = _run("-c", _CHILD, str(link))
+        exact = _run("-P", "-m", "headrace.models.gguf_weights", str(link), str(folder)) if ran.returncode == 0 else ran
     finally:
         link.unlink()
+    if ran.returncode == 0 and exact.returncode != 0:
+        raise ModelError(f"The weights of {path.name} could not be carried over: {exact.stderr.strip()[-600:]}")
     if ran.returncode != 0 or not (folder / "openvino_model.xml").is_file() or not (folder / "openvino_model.bin").is_file():
         said = (ran.stderr or ran.stdout).strip().splitlines()[-3:]
         raise ModelError(
             f"OpenVINO couldn't convert {path.name} (exit status {ran.returncode}): {' '.join(said)[:600] or 'it said nothing'}. "
             "Try another quantization of the model (Q4_0, Q4_1, Q4_K_M, Q8_0 or F16), or an OpenVINO folder of it."
         )
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, errors="replace", check=False)
 
 
 def _complete(card: ModelCard, metadata: dict[str, Any]) -> ModelCard:
