@@ -35,7 +35,12 @@ class Plain:
 
 
 CARD = EngineCard(
-    model="m", kind="openvino", context_length=16, vocab_size=128, fingerprint="", capabilities=frozenset({"tokens", "logprobs", "min_tokens"})
+    model="m",
+    kind="openvino",
+    context_length=16,
+    vocab_size=128,
+    fingerprint="",
+    capabilities=frozenset({"tokens", "logprobs", "min_tokens"}),
 )
 
 
