@@ -1,6 +1,6 @@
 # docker build -t headrace .
-# docker run --rm -p 127.0.0.1:8000:8000 -e HEADRACE_INSECURE_NO_AUTH=1 -v headrace-models:/models headrace
-# docker run --rm -p 8000:8000 -e HEADRACE_API_KEYS=a-long-secret -v headrace-models:/models headrace
+# docker run --rm -p 127.0.0.1:8000:8000 -e HEADRACE_INSECURE_NO_AUTH=1 -v headrace-models:/models -v headrace-data:/data headrace
+# docker run --rm -p 8000:8000 -e HEADRACE_API_KEYS=a-long-secret -v headrace-models:/models -v headrace-data:/data headrace
 FROM python:3.11-slim
 
 ENV PYTHONUNBUFFERED=1 \
@@ -9,7 +9,8 @@ ENV PYTHONUNBUFFERED=1 \
 
 # The server has no need of root. The folder is made here, so that a new volume belongs to the user.
 RUN useradd --create-home --uid 10001 headrace && \
-    install -d -o headrace -g headrace /models
+    install -d -o headrace -g headrace /models && \
+    install -d -m 0700 -o headrace -g headrace /data
 
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE constraints.txt ./
@@ -21,6 +22,10 @@ USER headrace
 # Models are fetched and converted into this folder at the first start, and found there at the next.
 ENV HEADRACE_CACHE=/models
 VOLUME /models
+
+# Keys, the ledger and kept answers.
+ENV HEADRACE_DATA_DIR=/data
+VOLUME /data
 
 # A container's port can only be published from an address beyond loopback, and there the server refuses to start without keys:
 # give it HEADRACE_API_KEYS, or HEADRACE_INSECURE_NO_AUTH=1 where the port is published to this machine alone, as compose.yaml does.

@@ -1,9 +1,9 @@
 """The ledger against the engine after kills at random moments: API process, engine worker, supervisor, under load.
 
-Streams of the echo engine run all the time, and one in five hangs up. A round kills API processes, then workers, then the supervisor, which
-is started again. What the engine produced is known independently of the ledger in three ways: a worker's own total, where only API processes
-were killed since it started; its counters, read while it is stopped, just before it is killed; and what the clients of finished streams
-were told.
+Streams of the echo engine run all the time, and one in five hangs up. A round kills API processes, then workers, then
+the supervisor, which is started again. What the engine produced is known independently of the ledger in three ways: a
+worker's own total, where only API processes were killed since it started; its counters, read while it is stopped, just
+before it is killed; and what the clients of finished streams were told.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ def declared_environment() -> dict[str, str]:
     return dict(word.split("=", 1) for line in arguments("ENV") for word in shlex.split(line))
 
 
-def test_the_image_is_slim_unprivileged_and_keeps_models_in_a_volume() -> None:
+def test_the_image_is_slim_unprivileged_and_keeps_models_and_data_in_volumes() -> None:
     assert arguments("FROM")[0].endswith("-slim")
     assert arguments("USER")[-1] not in ("root", "0")
-    assert arguments("VOLUME") == [declared_environment()["HEADRACE_CACHE"]]
+    assert arguments("VOLUME") == [declared_environment()[name] for name in ("HEADRACE_CACHE", "HEADRACE_DATA_DIR")]
     assert arguments("EXPOSE") == ["8000"]
     steps = [instruction for instruction, _ in DOCKERFILE]
     assert steps.index("USER") < steps.index("ENTRYPOINT")
@@ -58,7 +58,9 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
 def test_compose_serves_the_image_with_the_tutorials_variables() -> None:
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["headrace"]
     assert {"MODEL_PATH", "MAX_WORKERS", "LOG_LEVEL"} <= set(service["environment"])
-    assert service["volumes"] == [f"models:{declared_environment()['HEADRACE_CACHE']}"]
+    assert service["volumes"] == [
+        f"{volume}:{declared_environment()[name]}" for volume, name in (("models", "HEADRACE_CACHE"), ("data", "HEADRACE_DATA_DIR"))
+    ]
     assert service["ports"][0].endswith(":8000")
     assert service["ports"][0].startswith("${PUBLISH_ON:-127.0.0.1}"), "without keys only this machine may reach it"
     assert service["restart"] == "unless-stopped"
@@ -85,6 +87,7 @@ def test_its_install_and_start_commands_serve_and_stop(tmp_path: Path) -> None:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
     environment = outside | image | {"PATH": path, "VIRTUAL_ENV": str(venv), "API_PORT": port, "HEADRACE_API_KEYS": "a-key"}
+    environment["HEADRACE_DATA_DIR"] = str(tmp_path / "data")
     for name in ("HEADRACE_CACHE", "HEADRACE_CACHE_DIR"):
         if name in os.environ:
             environment[name] = os.environ[name]
@@ -122,7 +125,7 @@ def test_without_keys_the_image_refuses_to_start_and_says_what_to_do(tmp_path: P
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=outside | declared_environment() | {"HEADRACE_CACHE": str(tmp_path), "API_PORT": "0"},
+        env=outside | declared_environment() | {"HEADRACE_CACHE": str(tmp_path), "HEADRACE_DATA_DIR": str(tmp_path), "API_PORT": "0"},
         capture_output=True,
         text=True,
         timeout=60,
