@@ -74,3 +74,19 @@ def test_version_1(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     assert 0 < free_memory() < 2**50
+
+
+def test_several_models_share_the_memory() -> None:
+    def blocks(share: float, kv_bytes: int | None) -> int:
+        return block_count(
+            block_bytes=1024,
+            block_size=32,
+            context_length=320,
+            max_sequences=10**6,
+            kv_bytes=kv_bytes,
+            free_bytes=10**8,
+            memory_share=share,
+        )
+
+    assert blocks(0.5, None) == blocks(1.0, None) // 2
+    assert blocks(0.5, 10**7) == blocks(1.0, 10**7) // 2

@@ -11,6 +11,7 @@ from headrace.errors import (
     CircuitOpen,
     DeadlineExceeded,
     EngineDied,
+    EngineUnavailable,
     HeadraceError,
     Overloaded,
     RateLimited,
@@ -19,6 +20,7 @@ from headrace.errors import (
 )
 from headrace.policies import circuit
 from headrace.policies.ask_engine import MODEL_HEADER
+from headrace.types import EngineStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +125,17 @@ async def test_a_deadline_counts_unless_the_client_set_it() -> None:
     assert gateway.place.breaker.state == "closed"
     await fails(gateway, DeadlineExceeded("late"))
     assert gateway.place.breaker.state == "open"
+
+
+async def test_an_engine_that_is_being_started_is_not_a_failing_one() -> None:
+    gateway = Gateway(served("m", FlakyEngine()), **STRICT)
+    gateway.models.default.status = EngineStatus(state="failed", reason="It died too often.")
+    await fails(gateway, EngineUnavailable("It died too often."), times=5)
+    gateway.models.default.status = EngineStatus(state="ready")
+    assert await gateway.text(asked()) == "fine"
+    await fails(gateway, EngineUnavailable("can't be reached"), times=3)
+    with pytest.raises(CircuitOpen):
+        await gateway.text(asked())
 
 
 async def test_hang_ups_do_not_count() -> None:

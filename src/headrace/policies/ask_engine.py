@@ -168,7 +168,9 @@ class Asking:
 
     def _counts(self, error: HeadraceError) -> bool:
         """Whether it is the engine's failure. A refused request is the client's, and one that broke alone is its own; so is a deadline
-        that the client set."""
-        if isinstance(error, DeadlineExceeded):
-            return not self._client_deadline
-        return isinstance(error, EngineDied | UpstreamError | EngineUnavailable | Overloaded)
+        that the client set. An engine that is being started is the supervisor's matter, and is trusted once it is ready."""
+        if isinstance(error, EngineDied):
+            return True
+        if self._model.status.state != "ready" or (isinstance(error, DeadlineExceeded) and self._client_deadline):
+            return False
+        return isinstance(error, DeadlineExceeded | UpstreamError | EngineUnavailable | Overloaded)
