@@ -13,6 +13,7 @@ from headrace.journey import Journey
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.mint import Actor, Wish
+from headrace.ports import Ledger
 from headrace.served import ServedModels
 from headrace.stores.memory_keys import MemoryKeys
 
@@ -31,12 +32,12 @@ class House:
         return secret
 
 
-def house(**access: Any) -> House:
+def house(ledger: Ledger | None = None, **access: Any) -> House:
     made = stand(keys=False)
     keys, pepper = MemoryKeys(), b"p" * 32
     config = Config(access=AccessSection(**access))
     callers, desk = Callers(config.access, keys, pepper), KeyDesk(keys, keys, pepper)
     models = ServedModels([made.served])
     journey = Journey.standard(config, models, callers=callers)
-    app = create_api(config, models, journey, control=made.control, callers=callers, desk=desk)
+    app = create_api(config, models, journey, control=made.control, callers=callers, desk=desk, ledger=ledger)
     return House(Stand(app, made.engine, made.served, made.control), desk, keys)
