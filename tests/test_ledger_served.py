@@ -108,6 +108,7 @@ def test_a_key_sees_its_own_bill_and_the_command_line_all(tmp_path: Path) -> Non
         bill = settled(tmp_path)
         assert [row["key"] for row in bill] == [key["id"], ""]
         assert server.client.get("/usage").status_code == 401
+        assert json.loads(headrace("config", "--json"))["prices"]["value"] == {"echo": {"input": "0.5", "output": "2.000001"}}
         (line,) = server.client.get("/usage?group_by=key", headers=mine).json()["usage"]
         assert (line["key"], line["requests"], line["completion_tokens"]) == (key["id"], 1, 3)
         exact = bill[0]["prompt_tokens"] * 500_000 + 3 * 2_000_001

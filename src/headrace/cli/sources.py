@@ -129,6 +129,9 @@ def shown(field: str, value: object) -> object:
         return str(value)
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, dict):
+        plain = {name: each.model_dump(mode="json", exclude_none=True) for name, each in value.items() if isinstance(each, Section)}
+        return {**value, **plain}
     if isinstance(value, str) and "://" in value:
         value = re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
         return re.sub(r"(?i)([?&][^=&]*(?:key|token|secret|password)[^=&]*=)[^&]+", r"\1***", value)
