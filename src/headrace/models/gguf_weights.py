@@ -1,8 +1,10 @@
 """Gives a converted model the weights of its GGUF file.
 
-OpenVINO GenAI's conversion keeps a block's scale but rounds its offset to a whole step, which for Q4_1 is far off: the
-default model's perplexity rises from 15.3 to 18.0. A block is `d q + m` with q in 0…15. As 8-bit codes it is
+OpenVINO GenAI's conversion keeps a block's scale but rounds its offset to a whole step, which for Q4_1 and Q4_K is far
+off: the default model's perplexity rises from 15.3 to 18.0. A block is `d q + m` with q in 0…15. As 8-bit codes it is
 `(d/16) (16 q - z)` with `z = round(-16 m/d)`: scales and codes are exact, and the offset is off by `d/32` at most.
+
+The conversion's Q4_0, Q8_0 and F16 are exact already; Q6_K's scales are rounded to float16, a 64th of a step.
 
 Run as a program, `python -m headrace.models.gguf_weights FILE FOLDER`, so that what it allocates is given back.
 """
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.errors import ModelError
 from headrace.models.gguf_metadata import read_metadata
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ FINER = 16
 
 
 class Blocks(NamedTuple):
-    """A Q4_1 matrix of N rows, each of B blocks of 32."""
+    """A matrix of N rows, each of B blocks of 32 weights `scale * code + offset`."""
 
     scale: NDArray[np.float32]
     """[N, B]"""
@@ -46,15 +49,34 @@ def read_q4_1(data: NDArray[np.uint8], rows: int) -> Blocks:
     return Blocks(head[..., 0], head[..., 1], np.concatenate([packed & 15, packed >> 4], axis=-1))
 
 
+def read_q4_k(data: NDArray[np.uint8], rows: int) -> Blocks:
+    """The blocks of a Q4_K tensor's bytes, eight in a superblock: two float16 that multiply scales and offsets, 12 bytes of
+    these in 6 bits each, 128 of codes. Source: ggml's `block_q4_K` and `get_scale_min_k4`."""
+    blocks = np.ascontiguousarray(data).reshape(rows, -1, 144)
+    head = blocks[..., :4].copy().view(np.float16).astype(np.float32)
+    first, second, third = (blocks[..., start : start + 4] for start in (4, 8, 12))
+    scale = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)
+    offset = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-1)
+    packed = blocks[..., 16:].reshape(*blocks.shape[:2], 4, 1, BLOCK)
+    codes = np.concatenate([packed & 15, packed >> 4], axis=-2)
+    return Blocks((head[..., :1] * scale).reshape(rows, -1), (-head[..., 1:] * offset).reshape(rows, -1), codes.reshape(rows, -1, BLOCK))
+
+
 def finer(blocks: Blocks) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float16]]:
     """8-bit codes [N, B, 32], zero points [N, B, 1] and scales [N, B, 1], so that a weight is `scale (code - zero point)`.
 
-    An offset that no zero point in 0…255 reaches (a block with only positive or only negative weights) is met as nearly as can be.
+    A block that lies off zero, so that no zero point in 0…255 reaches its offset, gets a coarser scale: the codes span it and zero.
     """
-    scale = np.where(blocks.scale == 0, 1, blocks.scale)
-    zero_points = np.clip(np.round(-blocks.offset * FINER / scale), 0, 255)
-    codes = blocks.codes.astype(np.uint8) * FINER
-    return codes, zero_points[..., None].astype(np.uint8), (blocks.scale / FINER)[..., None].astype(np.float16)
+    offset = blocks.offset
+    ends = np.stack([np.zeros_like(offset), offset, offset + 15 * blocks.scale])
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    scale = np.maximum(np.abs(blocks.scale) / FINER, (high - low) / 254).astype(np.float16)
+    # By the scale as float16 has it: below 6e-5 that is inexact.
+    step = np.where(scale == 0, 1, scale).astype(np.float32)
+    zero_points = np.clip(np.round(-low / step), 0, 255).astype(np.uint8)
+    codes = blocks.codes * (blocks.scale / step)[..., None]
+    codes += ((offset - low) / step)[..., None]
+    return np.clip(np.round(codes, out=codes), 0, 255).astype(np.uint8), zero_points[..., None], scale[..., None]
 
 
 def repair(path: Path, folder: Path) -> int:
@@ -67,13 +89,15 @@ def repair(path: Path, folder: Path) -> int:
     model = ov.Core().read_model(folder / "openvino_model.xml")
     compressed = _compressed(model)
     changed = 0
-    for name, data, rows in _q4_1_tensors(path):
-        for blocks in _arrangements(read_q4_1(data, rows), name, heads):
+    for name, read in _offset_tensors(path):
+        for blocks in _arrangements(read, name, heads):
             found = compressed.get(_mark(blocks.scale))
             if found:
                 _replace(found.pop(), blocks)
                 changed += 1
                 break
+        else:
+            raise ModelError(f"the converted model has no matrix with the scales of {name}")
     if changed:
         model.validate_nodes_and_infer_types()
         exact = folder / "exact"
@@ -86,12 +110,14 @@ def repair(path: Path, folder: Path) -> int:
     return changed
 
 
-def _q4_1_tensors(path: Path) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
+def _offset_tensors(path: Path) -> Iterator[tuple[str, Blocks]]:
+    """Matrices whose blocks have offsets, which the conversion rounds."""
     from gguf import GGMLQuantizationType, GGUFReader
 
+    readers = {GGMLQuantizationType.Q4_1: read_q4_1, GGMLQuantizationType.Q4_K: read_q4_k}
     for tensor in GGUFReader(path).tensors:
-        if tensor.tensor_type == GGMLQuantizationType.Q4_1 and len(tensor.shape) == 2:
-            yield tensor.name, tensor.data, int(tensor.shape[1])
+        if tensor.tensor_type in readers and len(tensor.shape) == 2:
+            yield tensor.name, readers[tensor.tensor_type](tensor.data, int(tensor.shape[1]))
 
 
 def _arrangements(blocks: Blocks, name: str, heads: set[int]) -> Iterator[Blocks]:

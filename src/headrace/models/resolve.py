@@ -126,7 +126,8 @@ class _Puller:
 
     def _convert_gguf(self, file: Path, folder_name: str, card: ModelCard) -> Path:
         check_gguf(file)
-        self._cache.need_space(2 * file.stat().st_size, f"Converting {file.name}")
+        # The conversion's weights, and those that replace them: 8 bits for 4.
+        self._cache.need_space(3 * file.stat().st_size, f"Converting {file.name}")
         destination = self._cache.model(folder_name)
         with self._cache.landing(destination) as work:
             convert_gguf(file, work, card, self._progress)
