@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import ModelError
 from headrace.models.gguf_metadata import read_metadata
 
 if TYPE_CHECKING:
@@ -79,8 +78,11 @@ def finer(blocks: Blocks) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray
     return np.clip(np.round(codes, out=codes), 0, 255).astype(np.uint8), zero_points[..., None], scale[..., None]
 
 
-def repair(path: Path, folder: Path) -> int:
-    """Rewrite `folder`'s OpenVINO model with the weights of the GGUF file `path`; the number of matrices changed."""
+def repair(path: Path, folder: Path) -> list[str]:
+    """Rewrite `folder`'s OpenVINO model with the weights of the GGUF file `path`.
+
+    Returns the names of matrices that were not found again in the model and stay as the conversion made them.
+    """
     import openvino as ov
 
     metadata = read_metadata(path)
@@ -88,7 +90,7 @@ def repair(path: Path, folder: Path) -> int:
     heads = {int(metadata.get(f"{architecture}.attention.{name}", 0)) for name in ("head_count", "head_count_kv")} - {0}
     model = ov.Core().read_model(folder / "openvino_model.xml")
     compressed = _compressed(model)
-    changed = 0
+    changed, missed = 0, []
     for name, read in _offset_tensors(path):
         for blocks in _arrangements(read, name, heads):
             found = compressed.get(_mark(blocks.scale))
@@ -97,7 +99,7 @@ def repair(path: Path, folder: Path) -> int:
                 changed += 1
                 break
         else:
-            raise ModelError(f"the converted model has no matrix with the scales of {name}")
+            missed.append(name)
     if changed:
         model.validate_nodes_and_infer_types()
         exact = folder / "exact"
@@ -107,7 +109,7 @@ def repair(path: Path, folder: Path) -> int:
         for file in exact.iterdir():
             file.replace(folder / file.name)
         exact.rmdir()
-    return changed
+    return missed
 
 
 def _offset_tensors(path: Path) -> Iterator[tuple[str, Blocks]]:
@@ -167,4 +169,4 @@ def _replace(product: Any, blocks: Blocks) -> None:
 
 
 if __name__ == "__main__":
-    print(repair(Path(sys.argv[1]), Path(sys.argv[2])))  # noqa: T201  the parent reads it
+    print(" ".join(repair(Path(sys.argv[1]), Path(sys.argv[2]))))  # noqa: T201  the parent reads it
