@@ -195,6 +195,7 @@ def test_a_long_queue_degrades_and_no_degraded_answer_is_kept(tmp_path: Path) ->
         running = [crowd.submit(ask, server.url, "x" * 100 + str(number)) for number in range(4)]
         later.callback(lambda: [each.result() for each in running])
         eventually(lambda: next(line for line in server.ps()["workers"] if line["model"] == "echo")["waiting"] >= 2, what="a queue")
+        time.sleep(0.12)  # an engine's word on its queue is believed so long
         answer = ask(server.url, "a question", temperature=0)
         assert answer.headers["x-headrace-degraded"] == "model=echo-2, max_tokens=3"
         assert answer.headers["x-headrace-model"] == "echo-2"
@@ -203,7 +204,7 @@ def test_a_long_queue_degrades_and_no_degraded_answer_is_kept(tmp_path: Path) ->
         assert answer.json()["choices"][0]["finish_reason"] == "length"
         [each.result() for each in running]
         eventually(lambda: server.ps()["workers"][0]["waiting"] == 0)
-        time.sleep(0.12)  # an engine's word on its queue is believed so long
+        time.sleep(0.12)
         whole = ask(server.url, "a question", temperature=0)
         assert text_of(whole) == "a question"
         assert "x-headrace-degraded" not in whole.headers

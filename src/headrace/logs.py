@@ -57,6 +57,10 @@ def configure(section: LogSection, process: str, *, stream: TextIO | None = None
     root = logging.getLogger()
     root.handlers[:] = [_IntoStructlog()]
     root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        # uvicorn's own set-up, where somebody ran it in this process before.
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     for name, quiet in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, quiet))
 

@@ -374,4 +374,5 @@ def test_a_stream_beside_hostile_bodies_never_notices() -> None:
         finally:
             stop.set()
             beside.join()
-    assert neighbour.worst < 0.3, neighbour
+    # A blocked event loop shows in seconds; less than that is a busy machine.
+    assert neighbour.worst < 3, neighbour
