@@ -289,10 +289,9 @@ class Bookkeeper:
             await asyncio.wait((writing,), timeout=self._patience)
         finally:
             if not writing.done():
-                # Not awaited: a driver in a thread comes back only when its own time is over.
+                # Never cancelled: SQLite's driver may lose the connection then, and the task with it. Its own time limits end it.
                 self._abandoned.add(writing)
                 writing.add_done_callback(self._forget_abandoned)
-                writing.cancel()
         if not writing.done():
             raise TimeoutError
         writing.result()
@@ -355,6 +354,8 @@ class Bookkeeper:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         self._writing = None
+        if self._abandoned:
+            await asyncio.wait(self._abandoned, timeout=within)
         self._journal.close()
         clean = not self.unsettled and not self._journal.rotate()
         if clean:

@@ -42,6 +42,7 @@ class Recovery:
         self.told: Callable[[list[UsageRow]], None] | None = None
         """Hears of rows once they are settled."""
         self._wanted = asyncio.Event()
+        self._going: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.ledger")
 
     def want(self) -> None:
@@ -61,11 +62,15 @@ class Recovery:
             await self._settle_all()
 
     async def once(self, within: float) -> None:
-        """Recover what can be within so many seconds; the rest waits for the next time."""
-        try:
-            async with asyncio.timeout(within):
-                await self._settle_all()
-        except TimeoutError:
+        """Recover, for so many seconds; what takes longer goes on beside whatever comes next."""
+        going = asyncio.create_task(self._settle_all(), name="recovery")
+        self._going.add(going)
+        going.add_done_callback(self._going.discard)
+        # Not cancelled: SQLite's driver may lose the connection then, and the task with it.
+        await asyncio.wait((going,), timeout=within)
+        if going.done():
+            going.result()
+        else:
             self._log.warning("bills of dead processes are not settled yet")
 
     async def _settle_all(self) -> None:
