@@ -20,8 +20,14 @@ def default_gguf(default_model: ModelFiles) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(default_model: ModelFiles, default_gguf: Path) -> Reference:
-    """The default model's weights in the transformers implementation, in float32."""
+def reference(default_gguf: Path) -> Reference:
+    """The GGUF file's weights in the transformers implementation, in float32."""
+    return Reference(default_gguf)
+
+
+@pytest.fixture(scope="session")
+def reference_as_served(default_model: ModelFiles, default_gguf: Path) -> Reference:
+    """The same with the matrices that the served model holds."""
     return Reference(default_gguf, Path(default_model.folder) / "openvino_model.xml")
 
 

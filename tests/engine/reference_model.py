@@ -1,8 +1,8 @@
 """The default model in the transformers implementation, in float32: what the engine's results are held against.
 
-Its matrices are the very ones that the served OpenVINO model holds, decompressed, so that only the computing differs. (A
-conversion from GGUF need not keep the weights bit by bit; test_served_weights.py bounds how far they are from the file.)
-Vectors and hyperparameters come from the GGUF file.
+Its weights and hyperparameters are the GGUF file's own, as the `gguf` package dequantizes them. Given the served OpenVINO
+model too, its matrices are the very ones that this holds, decompressed: then only the computing differs, and can be held
+to a thousandth. (test_served_weights.py bounds how far the two are apart.)
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _NAMES = {
 
 
 class Reference:
-    def __init__(self, gguf: Path, xml: Path) -> None:
+    def __init__(self, gguf: Path, xml: Path | None = None) -> None:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         metadata, weights = read_gguf(gguf)
-        served = _matched(weights, read_openvino(xml))
+        served = _matched(weights, read_openvino(xml)) if xml else {}
         config = LlamaConfig(
             vocab_size=metadata["vocab_size"],
             hidden_size=metadata["embedding_length"],

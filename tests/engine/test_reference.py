@@ -1,7 +1,10 @@
-"""The engine computes what the transformers implementation computes, from the same weights.
+"""The engine computes what the transformers implementation computes, from the same GGUF file.
 
-Tolerances, measured over 700 tokens: in float32 execution no logprob differs by more than 1e-4; as served (bfloat16 or
-float16 products, activations and keys and values quantized to 8 bits) the prompt's logprobs differ by 0.07 at the mean.
+Tolerances, measured over 500 tokens. With the served model's matrices on both sides, in float32 no logprob differs by more
+than 1e-4. Against the file's own weights (the served ones are off by a 32nd of a step at most) the prompt's logprobs differ
+by 0.04 at the mean in float32, and by 0.085 as served (bfloat16 or float16 products, activations quantized to 8 bits); the
+likeliest token is the same at 98.6 and 95.2 % of the positions; the KL divergence is 0.0013 and 0.007 nats; the perplexity
+is 15.78 and 15.75, where the file's is 15.79.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from headrace.types import ModelFiles
 pytestmark = pytest.mark.slow
 
 FLOAT32 = 1e-3
-SERVED_MEAN = 0.15
+
+# Mean of the prompt's logprobs' differences, share of positions with the same likeliest token, KL divergence in nats.
+BOUNDS = {"f32": (0.06, 0.97, 0.003), "auto": (0.15, 0.92, 0.02)}
 
 LoadRunner = Callable[..., OpenVinoRunner]
 
@@ -63,22 +68,28 @@ def logprobs(runner: OpenVinoRunner, tokens: list[int], chunks: list[int], besid
 @pytest.mark.parametrize("chunks", [[500], [200, 200, 100], [1, 31, 33, 128, 1, 1, 255, 50]], ids=str)
 @pytest.mark.parametrize("batched", [False, True], ids=["alone", "in a batch"])
 def test_logprobs_in_float32(
-    load_runner: LoadRunner, reference: Reference, prompts: list[list[int]], chunks: list[int], batched: bool
+    load_runner: LoadRunner, reference_as_served: Reference, prompts: list[list[int]], chunks: list[int], batched: bool
 ) -> None:
     got = logprobs(load_runner(precision="f32"), prompts[0], chunks, prompts[1:] if batched else [])
-    assert np.abs(got - reference.logprobs(prompts[0])).max() < FLOAT32
+    assert np.abs(got - reference_as_served.logprobs(prompts[0])).max() < FLOAT32
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_logprobs_as_served(load_runner: LoadRunner, reference: Reference, prompts: list[list[int]], deterministic: bool) -> None:
-    got = logprobs(load_runner(deterministic=deterministic), prompts[0], [200, 300], prompts[1:])
+@pytest.mark.parametrize(("precision", "deterministic"), [("f32", False), ("auto", False), ("auto", True)])
+def test_logprobs_against_the_file(
+    load_runner: LoadRunner, reference: Reference, prompts: list[list[int]], precision: str, deterministic: bool
+) -> None:
+    runner = load_runner(precision=precision, **({"deterministic": True} if deterministic else {}))
+    got, want = logprobs(runner, prompts[0], [200, 300], prompts[1:]), reference.logprobs(prompts[0])
+    mean, same, divergence = BOUNDS[precision]
     following = np.array(prompts[0][1:])
-    difference = (got - reference.logprobs(prompts[0]))[np.arange(len(following)), following]
-    assert np.abs(difference).mean() < SERVED_MEAN
-    assert abs(difference.mean()) < SERVED_MEAN / 3
+    difference = (got - want)[np.arange(len(following)), following]
+    assert np.abs(difference).mean() < mean
+    assert abs(difference.mean()) < mean / 3
+    assert (got.argmax(axis=1) == want.argmax(axis=1)).mean() > same
+    assert (np.exp(want) * (want - got)).sum(axis=1).mean() < divergence
 
 
-def test_greedy_in_float32(load_runner: LoadRunner, reference: Reference, prompts: list[list[int]]) -> None:
+def test_greedy_in_float32(load_runner: LoadRunner, reference_as_served: Reference, prompts: list[list[int]]) -> None:
     runner = load_runner(precision="f32")
     count, size = 24, runner.block_size
     needed = [-(-(len(prompt) + count) // size) for prompt in prompts]
@@ -92,4 +103,4 @@ def test_greedy_in_float32(load_runner: LoadRunner, reference: Reference, prompt
         for tokens, token in zip(drawn, new, strict=True):
             tokens += token
     for prompt, tokens in zip(prompts, drawn, strict=True):
-        assert tokens == reference.greedy(prompt, count)
+        assert tokens == reference_as_served.greedy(prompt, count)
