@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 
 from headrace.engine.pull import pull
+from headrace.engine.pulse import Pulse
 from headrace.engine.stops import StopStrings
 from headrace.errors import ContextLengthExceeded, DeadlineExceeded, EngineUnavailable, HeadraceError, ModelError
 from headrace.ports import Deliver, Tokenizer
@@ -44,6 +45,7 @@ class EchoEngine:
         pace: float = 0.0,
         load: float = 0.0,
     ) -> None:
+        self.pulse = Pulse()
         self._tokenizer = tokenizer
         self._card = EngineCard(
             model=name,
@@ -171,6 +173,7 @@ class EchoEngine:
             self._completion_tokens += min(1, sequence.index)
         self._steps += 1
         self._step_seconds += time.perf_counter() - begun
+        self.pulse.end(self._completion_tokens)
         for job in jobs:
             if job.living:
                 job.hand_over()

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from headrace.config import EngineSection
 from headrace.engine.pace import Pace
+from headrace.engine.pulse import Pulse
 from headrace.engine.stepper import Outbox, Stepper
 from headrace.engine.warm_up import warm_up
 from headrace.errors import (
@@ -73,6 +74,7 @@ class ScheduledEngine:
     ) -> None:
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
+        self.pulse = Pulse()
         self._make_runner = make_runner
         self._tokenizer = tokenizer
         self._name = name
@@ -115,6 +117,7 @@ class ScheduledEngine:
             return
         self._known.add(request.id)
         self._inbox.append((request, self._last_forgets(request.id, deliver), time.monotonic()))
+        self.pulse.want()
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -267,7 +270,9 @@ class ScheduledEngine:
             )
 
         warm_up(make())
-        return make()
+        stepper = make()
+        stepper.pulse = self.pulse
+        return stepper
 
     def _describe(self, stepper: Stepper) -> EngineCard:
         return EngineCard(
@@ -286,6 +291,7 @@ class ScheduledEngine:
                 self._hand_over()
                 wake.clear()
                 if not inbox and not self._closing:
+                    self.pulse.rest()
                     wake.wait()
                 continue
             while inbox:

@@ -14,16 +14,18 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 
-from headrace.engine.batch import Decodes, build
+from headrace.engine.batch import Decodes, Guesses, build
 from headrace.engine.blocks import BlockPool
 from headrace.engine.completion import Completion, TokenWords
 from headrace.engine.draw import Draw
+from headrace.engine.lookup import MOST, MOST_ROWS, Lookup, worth
 from headrace.engine.pace import Pace
+from headrace.engine.pulse import Pulse
 from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows
 from headrace.engine.scheduler import Chunk, Scheduler
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.errors import DeadlineExceeded, EngineDied, HeadraceError, RequestFailed
-from headrace.ports import Deliver, ForwardBatch, ForwardResult, Runner, Tokenizer
+from headrace.ports import Deliver, ForwardBatch, ForwardResult, Rewinds, Runner, Tokenizer
 from headrace.types import Delta, EngineStats, Event, GenerateRequest, PromptScores, Report, TokenLogprob
 
 Outbox = list[tuple[Deliver, Many[Event] | HeadraceError]]
@@ -43,6 +45,7 @@ class Stepper:
         max_sequences: int,
         step_tokens: int,
         prefix_cache: bool,
+        prompt_lookup: bool = True,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -51,12 +54,16 @@ class Stepper:
         self.vocab_size = min(runner.vocab_size, tokenizer.vocab_size)
         """Ids that both the model and the tokenizer know."""
         self.outbox: Outbox = []
+        self.pulse = Pulse()
+        """Where each step is noted as it begins and ends."""
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos = frozenset(tokenizer.eos_ids)
         self._words = TokenWords(tokenizer)
         self._clock = clock
         self._pace = pace or Pace()
+        self._guessing = prompt_lookup and isinstance(runner, Rewinds) and runner.rewinds
+        self._step_tokens = step_tokens
         self._scheduler = Scheduler(
             BlockPool(runner.num_blocks, caching=prefix_cache),
             block_size=runner.block_size,
@@ -75,6 +82,8 @@ class Stepper:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
+        self._guessed_tokens = 0
+        self._right_tokens = 0
 
     # --- what comes in ---
 
@@ -121,6 +130,8 @@ class Stepper:
             cached_tokens=self._cached_tokens,
             completion_tokens=self._completion_tokens,
             preemptions=scheduler.preemptions,
+            guessed_tokens=self._guessed_tokens,
+            right_tokens=self._right_tokens,
         )
 
     # --- a step ---
@@ -149,6 +160,7 @@ class Stepper:
                 self.outbox.append((job.deliver, job.events))
                 job.events = []
         self._touched.clear()
+        self.pulse.end(self._completion_tokens)
         return bool(plan.decodes or plan.chunks)
 
     def _expire(self, now: float) -> None:
@@ -200,20 +212,22 @@ class Stepper:
     def _run(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
         """Run the model over a batch, and over ever smaller parts of it where it refuses."""
         scheduler = self._scheduler
-        if not chunks and decodes is scheduler.decoding:
+        guesses = self._guess(decodes, chunks) if self._guessing else None
+        if guesses is None and not chunks and decodes is scheduler.decoding:
             batch = self._decodes.batch(decodes, scheduler.version, scheduler.tables_version)
         else:
             self._decodes.forget()
-            batch = build(decodes, chunks, scheduler.block_size)
+            batch = build(decodes, chunks, scheduler.block_size, guesses)
         decodes = list(decodes)
         refused: Exception | None = None
         try:
-            draw = Draw(decodes, chunks)
+            draw = Draw(decodes, chunks, guesses)
             for leader in draw.leaders:
                 draw.add(leader, [self._sibling(leader, choice) for choice in range(1, leader.job.request.sampling.n)])
             batch.full_rows = draw.full
+            self.pulse.begin(self._pace.seconds(len(batch.input_ids)))
             result = self._runner.forward(batch)
-            picks = sample_rows(result, draw.samplers, draw.rows) if draw.samplers else []
+            picks = sample_rows(result, draw.samplers, draw.rows, draw.ahead) if draw.samplers else []
             scores = [(chunk, self._score(chunk, result, row)) for chunk, row in draw.scored]
         except Exception as error:  # noqa: BLE001  what the model can't compute must only end the request at fault
             refused = error
@@ -223,19 +237,62 @@ class Stepper:
             return
         block_size = scheduler.block_size
         for sequence in decodes:
-            if (sequence.computed + 1) % block_size:
-                sequence.computed += 1
-            else:
-                scheduler.computed(sequence, sequence.computed + 1)
+            self._one_more(sequence, block_size)
         for chunk in chunks:
             scheduler.computed(chunk.sequence, chunk.end)
         for chunk, scored in scores:
             chunk.sequence.job.scores += scored
         if draw.first:
             self._first_tokens(draw)
-        for sequence, picked in zip(draw.sequences, picks, strict=True):
+        if draw.guesses is None or draw.ahead is None:
+            for sequence, picked in zip(draw.sequences, picks, strict=True):
+                if sequence.state != State.DONE:
+                    self._take(sequence, picked)
+        else:
+            self._take_while_right(draw, picks, draw.guesses, draw.ahead)
+
+    def _guess(self, decodes: list[Sequence], chunks: list[Chunk]) -> Guesses | None:
+        """For each sequence that decodes the tokens to be verified in this step; None where there are none at all."""
+        block_size, left = self._scheduler.block_size, MOST_ROWS
+        left = min(left, self._step_tokens - len(decodes) - sum(chunk.end - chunk.begin for chunk in chunks))
+        least = worth(len(decodes), self._pace.fixed_rows)
+        guesses: Guesses = []
+        for sequence in decodes:
+            completion = sequence.completion
+            # The last token that is still wanted needs no guess, and guesses take no new blocks.
+            most = min(sequence.job.limit - sequence.length - 1, sequence.blocks.count * block_size - sequence.length, left, MOST)
+            if completion is None or completion.sampler.needs_full:
+                guesses.append([])
+                continue
+            if sequence.lookup is None:
+                sequence.lookup = Lookup(sequence.tokens[: sequence.length].tolist())
+            guess = sequence.lookup.guess(max(0, most), least)
+            guesses.append(guess)
+            left -= len(guess)
+        guessed = sum(map(len, guesses))
+        self._guessed_tokens += guessed
+        return guesses if guessed else None
+
+    def _take_while_right(self, draw: Draw, picks: list[Picked | Exception], guesses: list[int | None], ahead: list[int]) -> None:
+        """Take in each sequence's tokens up to the first that isn't what the row after it was computed for."""
+        block_size = self._scheduler.block_size
+        stands = True
+        for sequence, picked, guess, further in zip(draw.sequences, picks, guesses, ahead, strict=True):
+            if further and not stands:
+                continue
+            if further and sequence.state != State.DONE:
+                self._one_more(sequence, block_size)
+                self._right_tokens += 1
             if sequence.state != State.DONE:
                 self._take(sequence, picked)
+            stands = sequence.state != State.DONE and not isinstance(picked, Exception) and picked.token == guess
+
+    def _one_more(self, sequence: Sequence, block_size: int) -> None:
+        """One more of a decoding sequence's tokens has its keys and values."""
+        if (sequence.computed + 1) % block_size:
+            sequence.computed += 1
+        else:
+            self._scheduler.computed(sequence, sequence.computed + 1)
 
     def _divide(self, decodes: list[Sequence], chunks: list[Chunk], error: Exception) -> None:
         """Try the halves of a batch that failed; a sequence that fails alone fails its request."""
@@ -331,6 +388,8 @@ class Stepper:
             self._fail(job, _failure(error, "The completion's text could not be made"))
             return
         sequence.append(picked.token)
+        if sequence.lookup is not None:
+            sequence.lookup.take(picked.token)
         job.completion_tokens += 1
         self._completion_tokens += 1
         self._scheduler.charge_completion(job, 1)
