@@ -7,13 +7,13 @@ serves it on the listening socket, which all API processes share. The model itse
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import ipaddress
 import itertools
 import os
 import socket
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -22,32 +22,44 @@ import uvicorn
 import uvloop
 
 from headrace import logs
-from headrace.claims import Ask, Reply
+from headrace.claims import Ask, Claim, Reply
 from headrace.config import Config
 from headrace.control import (
     Alive,
     AskLimits,
     AskProbe,
     AskProcesses,
+    AskReload,
     Beginning,
+    BudgetSeen,
     CircuitCalls,
     CircuitChanged,
+    CloseDoor,
     Drain,
     EngineChanged,
+    ErrorsNoted,
     LimitsAnswer,
     ProbeAnswer,
     ProbeEnded,
     Processes,
+    Quiet,
+    Reloaded,
+    RequestsEnded,
     ToChild,
     begin,
 )
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
-from headrace.errors import ConfigError, EngineUnavailable, HeadraceError
+from headrace.error_tracking import ErrorTracker
+from headrace.errors import ConfigError, ConfigRefused, EngineUnavailable, HeadraceError
 from headrace.http.api import create_api
+from headrace.http.leaving import LAST_CALL, LeavingServer
+from headrace.http.request_tally import RequestTally
 from headrace.journey import Journey
 from headrace.models.template import load_template
 from headrace.models.tokenizer import load_tokenizer
+from headrace.policies.alert_rules import AlertRules
+from headrace.policies.budget_watch import BudgetWatch
 from headrace.policies.callers import Callers
 from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
@@ -58,6 +70,7 @@ from headrace.served import ServedModel, ServedModels
 from headrace.stores.bookkeeper import Bookkeeper
 from headrace.stores.cache_open import open_cache
 from headrace.stores.data_dir import journal_folder
+from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limits_open import open_limits
 from headrace.stores.opening import open_stores
@@ -70,6 +83,8 @@ FAREWELL = 2.0
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open; longer than clients' pools keep theirs, so that none closes under a request."""
 PS_TIMEOUT = 2.0
+REQUESTS_TOLD = 1.0
+"""Seconds between reports of requests to the supervisor, which is for alerts."""
 CERTIFICATE_INTERVAL = 1.0
 """Seconds between looks at the certificate's files."""
 
@@ -85,9 +100,9 @@ class SupervisorLink:
     """The API process's end of the control socket; what the HTTP floor knows as its control."""
 
     def __init__(self, models: dict[str, tuple[ServedModel, EngineClient]], started_at: float) -> None:
-        self.draining = False
+        self.draining = self.leaving = self.refusing = False
         self.started_at = started_at
-        self.server: uvicorn.Server | None = None
+        self.server: LeavingServer | None = None
         self.connection = FrameConnection[ToChild](ToChild, self._received, _leave)
         self._models = models
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -95,7 +110,10 @@ class SupervisorLink:
         self._circuits: dict[str, Circuit] = {}
         self._probes: dict[int, tuple[str, asyncio.Future[int | None]]] = {}
         self._numbers = itertools.count(1)
+        self._reloads: dict[int, asyncio.Future[Reloaded]] = {}
+        self._door_closed = asyncio.Event()
         self._ending: asyncio.TimerHandle | None = None
+        self._goodbye: asyncio.Task[None] | None = None
 
     async def ps(self) -> dict[str, Any]:
         """The supervisor's process list. Raises `EngineUnavailable` if it doesn't answer."""
@@ -109,6 +127,20 @@ class SupervisorLink:
             raise EngineUnavailable("The supervisor did not answer.", retry_after=1) from None
         finally:
             del self._asked[number]
+
+    async def reload(self) -> list[str]:
+        """Have the supervisor read the configuration again; what changed. Raises `ConfigRefused`."""
+        number = next(self._numbers)
+        answer: asyncio.Future[Reloaded] = asyncio.get_running_loop().create_future()
+        self._reloads[number] = answer
+        try:
+            self.connection.send(AskReload(number))
+            said = await answer
+        finally:
+            del self._reloads[number]
+        if said.refused:
+            raise ConfigRefused(said.refused)
+        return said.changed
 
     async def ask_limits(self, asks: Sequence[Ask]) -> list[Reply]:
         """A reply to each, from the supervisor's table of limits. It doesn't fail: this process leaves with the supervisor."""
@@ -138,6 +170,11 @@ class SupervisorLink:
     def probed(self, model: str, number: int, succeeded: bool | None) -> None:
         self.connection.send(ProbeEnded(model, number, succeeded))
 
+    def budget_seen(self, claim: Claim, spent: int) -> None:
+        """A budget is nearly spent, or isn't any more."""
+        if claim.budget is not None:
+            self.connection.send(BudgetSeen(claim.subject, claim.budget, spent, claim.period))
+
     def engine_ready(self, model: str, card: EngineCard) -> None:
         """The model's worker said hello to us."""
         self._models[model][0].card = card
@@ -164,8 +201,14 @@ class SupervisorLink:
             asked = self._asked.get(message.number)
             if asked is not None and not asked.done():
                 asked.set_result(message.listing)
+        elif isinstance(message, Reloaded):
+            reload = self._reloads.get(message.number)
+            if reload is not None and not reload.done():
+                reload.set_result(message)
         elif isinstance(message, Drain):
-            self._drain(message.timeout)
+            self._drain(message)
+        elif isinstance(message, CloseDoor):
+            self._door_closed.set()
 
     def _engine_changed(self, model: str, status: EngineStatus) -> None:
         served, client = self._models[model]
@@ -188,13 +231,31 @@ class SupervisorLink:
         elif message.probe is not None:  # whoever asked has hung up meanwhile
             self.probed(model, message.probe, None)
 
-    def _drain(self, timeout: float) -> None:
-        self.draining = True
-        if self.server is not None:
-            self.server.should_exit = True
+    def _drain(self, order: Drain) -> None:
+        """Leave; a further order only changes the time."""
         if self._ending is not None:
             self._ending.cancel()
-        self._ending = asyncio.get_running_loop().call_later(timeout, self._end)
+        self._ending = asyncio.get_running_loop().call_later(order.timeout, self._end)
+        if not order.replaced:
+            self.draining = True
+        if self.leaving:
+            return
+        self.leaving = True
+        if self.server is None:
+            _leave()
+        elif order.replaced:
+            self.server.leave()
+        else:
+            last_call = min(LAST_CALL, order.timeout)
+            self._goodbye = asyncio.create_task(self.server.say_goodbye(last_call, self._refuse, self._quiet), name="goodbye")
+
+    def _refuse(self) -> None:
+        self.refusing = True
+
+    async def _quiet(self) -> None:
+        """Nothing runs here any more; returns when no other process of the server has anything running either."""
+        self.connection.send(Quiet())
+        await self._door_closed.wait()
 
     def _end(self) -> None:
         for _, client in self._models.values():
@@ -215,28 +276,12 @@ class SupervisorsLimits:
         """There is nothing to let go of."""
 
 
-class ApiServer(uvicorn.Server):
-    """uvicorn without its signal handlers: only the supervisor stops an API process. `listening` is set once it serves."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-        self.background: list[asyncio.Task[None]] = []
-        """Held here: the loop itself keeps only weak references."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
-
-
 async def _run(beginning: Beginning) -> None:
     setup, config = beginning.setup, beginning.config
     models: dict[str, tuple[ServedModel, EngineClient]] = {}
     link = SupervisorLink(models, setup.started_at)
+    tracker = ErrorTracker("api", lambda errors: link.connection.send(ErrorsNoted(errors)))
+    logs.watch(tracker.watch_log)
     try:
         database, pepper = open_stores(config.store)
         cache = open_cache(config)
@@ -259,6 +304,9 @@ async def _run(beginning: Beginning) -> None:
         client.connect()
     served = ServedModels([model for model, _ in models.values()])
     circuits = {model.files.name: link.circuit(model) for model in served} if config.resilience.breaker == "on" else None
+    rules = AlertRules.of(config.alerts)
+    tally = RequestTally(served, rules.queue_seconds)
+    limits.budget_seen = BudgetWatch(rules, link.budget_seen, time.time).seen
     keys = SqlKeys(database)
     callers = Callers(config.access, keys, pepper)
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
@@ -273,6 +321,10 @@ async def _run(beginning: Beginning) -> None:
         desk=KeyDesk(keys, keys, pepper),
         cache=cache,
         ledger=ledger,
+        books=books,
+        errors=SqlErrors(database),
+        tracker=tracker,
+        tally=tally,
     )
     uvicorn_config = uvicorn.Config(
         app,
@@ -289,9 +341,10 @@ async def _run(beginning: Beginning) -> None:
     if tls is not None:
         uvicorn_config.load()
         uvicorn_config.ssl = tls.context
-    server = link.server = ApiServer(uvicorn_config)
+    server = link.server = LeavingServer(uvicorn_config)
     if tls is not None:
         server.background.append(asyncio.create_task(_watch_certificate(tls), name="certificate"))
+    server.background.append(asyncio.create_task(_tell_of_requests(link, tally, rules), name="request counts"))
     await _connect(link, beginning)
     serving = asyncio.create_task(server.serve(sockets=[beginning.listening]))
     await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
@@ -308,12 +361,21 @@ async def _run(beginning: Beginning) -> None:
         await cache.close()
     for _, client in models.values():
         await client.close()
+    tracker.flush()
     os._exit(0)
 
 
 def beyond_loopback(listening: socket.socket) -> bool:
     """Whether other machines can reach it."""
     return not ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+
+
+async def _tell_of_requests(link: SupervisorLink, tally: RequestTally, rules: AlertRules) -> None:
+    while True:
+        await asyncio.sleep(min(REQUESTS_TOLD, rules.window / 40))
+        counts = tally.taken()
+        if counts:
+            link.connection.send(RequestsEnded(counts))
 
 
 async def _watch_certificate(tls: ServerTls) -> None:

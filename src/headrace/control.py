@@ -23,7 +23,8 @@ from pydantic import SecretStr
 
 from headrace.claims import Ask, Reply
 from headrace.config import Config
-from headrace.types import CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles
+from headrace.policies.alert_rules import RequestCounts
+from headrace.types import BudgetPeriod, CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles, TrackedError
 
 # Supervisor to child
 
@@ -40,6 +41,14 @@ class Setup(msgspec.Struct, frozen=True, tag=1):
     """`time.monotonic()` of the whole server's start."""
     memory_share: float = 1.0
     """For a worker: its part of the memory that keys and values may take, where several models are served."""
+    pulse: str = ""
+    """For a worker: the file by which the supervisor sees that it gets on (`engine.pulse`)."""
+    standing_by: bool = False
+    """For a worker: load, and accept nobody before `Promote`."""
+    beside_standby: bool = False
+    """For a worker: memory is needed for a second one like it."""
+    kv_blocks: int = 0
+    """For a worker that stands by: KV blocks to allocate, as many as the one has that it will replace; 0 where that isn't known."""
 
 
 class EngineChanged(msgspec.Struct, frozen=True, tag=2):
@@ -50,13 +59,19 @@ class EngineChanged(msgspec.Struct, frozen=True, tag=2):
 
 
 class Drain(msgspec.Struct, frozen=True, tag=3):
-    """To API processes: accept nothing more, end what still runs after `timeout` seconds, and leave."""
+    """To API processes: let what runs finish, end it after `timeout` seconds, and leave."""
 
     timeout: float
+    replaced: bool = False
+    """Others go on serving at the same address; otherwise the server stops."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=4):
     """To workers: free everything and leave."""
+
+
+class Promote(msgspec.Struct, frozen=True, tag=20):
+    """To a worker that stands by: the other one is gone, serve."""
 
 
 class Processes(msgspec.Struct, frozen=True, tag=5):
@@ -140,8 +155,88 @@ class ProbeEnded(msgspec.Struct, frozen=True, tag=14):
     succeeded: bool | None
 
 
-ToChild = Setup | EngineChanged | Drain | Stop | Processes | LimitsAnswer | CircuitChanged | ProbeAnswer
-ToSupervisor = Alive | AskProcesses | AskLimits | CircuitCalls | AskProbe | ProbeEnded
+class Quarantine(msgspec.Struct, frozen=True, tag=30):
+    """From an API process, and on to all of them: requests that look like this kill the model's engine."""
+
+    model: str
+    fingerprint: bytes
+    until: float
+    """Unix time."""
+
+
+class Quiet(msgspec.Struct, frozen=True, tag=50):
+    """From an API process of a server that stops: what ran is over, and what comes is refused."""
+
+
+class CloseDoor(msgspec.Struct, frozen=True, tag=51):
+    """To API processes, when all are quiet: no new connections are let in; answer those that are queued, and leave."""
+
+
+class AskReload(msgspec.Struct, frozen=True, tag=52):
+    """From an API process: read the configuration again."""
+
+    number: int
+
+
+class Reloaded(msgspec.Struct, frozen=True, tag=53):
+    """The answer to `AskReload`."""
+
+    number: int
+    changed: list[str] = []
+    """Settings that are different now, by their flat names."""
+    refused: str = ""
+    """Why the new configuration isn't taken, if it isn't."""
+
+
+class ErrorsNoted(msgspec.Struct, frozen=True, tag=40):
+    """From any child: errors that it met, for the error book, which the supervisor keeps."""
+
+    errors: list[TrackedError]
+
+
+class RequestsEnded(msgspec.Struct, frozen=True, tag=70):
+    """From an API process, now and then: requests that are over, for the alerts."""
+
+    counts: list[RequestCounts]
+
+
+class BudgetSeen(msgspec.Struct, frozen=True, tag=71):
+    """From an API process: so much of a budget is spent; said when it comes to be nearly spent, and when it is so no more."""
+
+    subject: str
+    budget: int
+    spent: int
+    period: BudgetPeriod
+
+
+ToChild = (
+    Setup
+    | EngineChanged
+    | Drain
+    | Stop
+    | Promote
+    | Processes
+    | LimitsAnswer
+    | CircuitChanged
+    | ProbeAnswer
+    | Quarantine
+    | CloseDoor
+    | Reloaded
+)
+ToSupervisor = (
+    Alive
+    | AskProcesses
+    | AskLimits
+    | CircuitCalls
+    | AskProbe
+    | ProbeEnded
+    | Quarantine
+    | ErrorsNoted
+    | RequestsEnded
+    | BudgetSeen
+    | Quiet
+    | AskReload
+)
 
 
 def config_to_json(config: Config) -> str:

@@ -13,6 +13,8 @@
     ├── NotFound                      404 not_found
     │   └── ModelNotFound             404 model_not_found
     ├── BodyTooLarge                  413 body_too_large
+    ├── ConfigRefused                 422 config_refused           a reload whose configuration isn't taken
+    ├── RequestQuarantined            422 request_quarantined      the engine dies of this request
     ├── RateLimited                   429 rate_limited             (retry)
     ├── RequestFailed                 500 request_failed           this request alone broke in the engine
     ├── EngineDied                    502 engine_died              (retry)
@@ -114,10 +116,30 @@ class BodyTooLarge(HeadraceError):
     code = "body_too_large"
 
 
+class ConfigRefused(HeadraceError):
+    """A new configuration isn't taken; the old one stays in force, whole."""
+
+    status = 422
+    code = "config_refused"
+
+
+class RequestQuarantined(HeadraceError):
+    """The engine's process died of this request, when it ran alone; until the quarantine is over it isn't tried again."""
+
+    status = 422
+    code = "request_quarantined"
+
+
 class RateLimited(HeadraceError):
+    """`limit`: what ran out (`requests`, `tokens`, `concurrency`, `budget`), and whose it is (`key`, `tenant`, `address`).
+
+    None where it is an upstream's limit.
+    """
+
     status = 429
     code = "rate_limited"
     retry = True
+    limit: tuple[str, str] | None = None
 
 
 class RequestFailed(HeadraceError):

@@ -12,7 +12,8 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,9 @@ from headrace.config import LogSection
 
 PRIVATE = frozenset({"prompt", "messages", "message_text", "text", "completion", "token", "api_key", "authorization", "headers", "body"})
 """Fields that are replaced, whoever set them."""
+
+REQUEST_ID: ContextVar[str] = ContextVar("headrace_request_id", default="")
+"""The request that the current task works for; every line that it logs says so."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _QUIET = {
@@ -46,6 +50,7 @@ def configure(section: LogSection, process: str, *, stream: TextIO | None = None
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _AddProcess(process),
+            _add_request_id,
             hide_private,
             structlog.processors.format_exc_info,
             _Output(stream, file),
@@ -63,6 +68,24 @@ def configure(section: LogSection, process: str, *, stream: TextIO | None = None
         logging.getLogger(name).propagate = True
     for name, quiet in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, quiet))
+
+
+def watch(told: Callable[[MutableMapping[str, Any]], None]) -> None:
+    """From now on `told` sees every line of this process before it is rendered, those of loggers that were made earlier, too."""
+
+    def watching(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        told(event)
+        return event
+
+    processors: list[Any] = structlog.get_config()["processors"]
+    processors.insert(processors.index(hide_private) + 1, watching)
+
+
+def _add_request_id(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    request_id = REQUEST_ID.get()
+    if request_id and "request_id" not in event:
+        event["request_id"] = request_id
+    return event
 
 
 def hide_private(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -196,6 +219,9 @@ class _IntoStructlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         name = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}.get(record.levelno, "error")
         fields: dict[str, Any] = {"logger": record.name}
+        request_id = getattr(record, "request_id", None)  # from `extra`
+        if request_id is not None:
+            fields["request_id"] = request_id
         if record.exc_info:
             fields["exc_info"] = record.exc_info
         getattr(structlog.get_logger(), name)(record.getMessage(), **fields)

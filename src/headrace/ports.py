@@ -24,6 +24,7 @@ from headrace.types import (
     Message,
     Report,
     TenantRecord,
+    TrackedError,
     UsageLine,
     UsageQuery,
     UsageRow,
@@ -356,6 +357,25 @@ class Counters(Protocol):
         ...
 
 
+class StepNotes(Protocol):
+    """Where an engine's process notes whom its death would make suspect; what is noted survives it."""
+
+    def step(self, request_ids: Sequence[str]) -> None:
+        """A step begins with these requests that this engine has not made a token for yet. Called only when there are some, or were."""
+        ...
+
+    def alone(self, request_id: str) -> None:
+        """This request has the engine to itself from now on; empty: nobody has."""
+        ...
+
+
+@runtime_checkable
+class NotesSteps(Protocol):
+    """An engine that notes, before each step, who takes part in it without having got a token from it."""
+
+    notes: StepNotes | None
+
+
 @runtime_checkable
 class TellsCached(Protocol):
     """An engine that knows how much of a prompt its prefix cache had before the request's `Report` says so."""
@@ -413,6 +433,18 @@ class Sized(Protocol):
     async def size(self) -> CacheSize: ...
 
 
+class ErrorBook(Protocol):
+    """Errors by fingerprint, the newest of them. Raises `StoreUnavailable`."""
+
+    async def add(self, errors: Sequence[TrackedError]) -> None:
+        """Count these with what is there already; beyond its size the book forgets those that weren't seen for longest."""
+        ...
+
+    async def newest(self, *, limit: int = 20, since: float = 0.0) -> list[TrackedError]:
+        """Those seen since then (Unix time), last seen first."""
+        ...
+
+
 class Answers(Protocol):
     """The levels of the response cache, as the journey sees them. Nothing here fails or waits long: a broken level has nothing."""
 
@@ -431,6 +463,17 @@ class Answers(Protocol):
     @property
     def purges(self) -> int:
         """Grows with each purge that this process knows of."""
+        ...
+
+
+@runtime_checkable
+class Rewinds(Protocol):
+    """A runner that may be able to try tokens out."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a token may be computed at a position where another one was before, and several tokens of a sequence in one step
+        as sequences of their own over the same blocks, each seeing those before it."""
         ...
 
 

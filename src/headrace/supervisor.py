@@ -22,6 +22,7 @@ import structlog
 
 from headrace import __version__, logs
 from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
+from headrace.alerts import Alerts
 from headrace.children import Child, listing, memory_mib
 from headrace.circuits import CircuitTable
 from headrace.claims import Ask, Settle
@@ -30,18 +31,23 @@ from headrace.control import (
     AskLimits,
     AskProbe,
     AskProcesses,
+    BudgetSeen,
     CircuitCalls,
     Drain,
     EngineChanged,
+    ErrorsNoted,
     LimitsAnswer,
     ProbeEnded,
     Processes,
+    RequestsEnded,
     Setup,
     Stop,
     ToChild,
     ToSupervisor,
     config_to_json,
 )
+from headrace.engine_places import EnginePlace, can_stand_by, check_standby
+from headrace.error_tracking import ErrorTracker
 from headrace.lineup import Member, lineup
 from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
@@ -49,11 +55,14 @@ from headrace.policies.prices import Prices
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder
 from headrace.stores.database import Database
+from headrace.stores.error_writer import ErrorWriter
+from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limit_table import LimitTable
 from headrace.stores.limits_open import settle_in_redis
 from headrace.stores.opening import prepare_stores
 from headrace.stores.recovery import Recovery
+from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import check_tls
 from headrace.types import UsageRow
 
@@ -61,6 +70,9 @@ RECOVERY_TIMEOUT = 20.0
 """Seconds that a start waits for the bills that an earlier server left; the rest of them is settled while it serves."""
 END_TIMEOUT = 3.0
 """Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
+
+ERRORS_TIMEOUT = 2.0
+"""Seconds at the end for what is still to be written into the error book."""
 
 
 def serve(config: Config) -> int:
@@ -79,6 +91,7 @@ def serve(config: Config) -> int:
                 # A pattern that can't be used stops the start here, not each API process.
                 filter_steps(config.filters)
                 config, members = lineup(config)
+                check_standby(config.resilience, members[0].files)
                 prepared.result()
         except KeyboardInterrupt as interrupt:
             return 0 if interrupt.args else 130
@@ -116,7 +129,7 @@ class Supervisor:
         self._signalled = asyncio.Event()
         self._circuits = CircuitTable([files.name for files in self._models], BreakerRules.of(config.resilience), self._tell_apis)
         local = sum(files.kind == "openvino" for files in self._models)
-        self._workers = [self._worker(number, member, 1 / max(1, local)) for number, member in enumerate(members)]
+        self._workers = [self._worker(number, member, 1 / max(1, local), folder) for number, member in enumerate(members)]
         self._figures = folder / "figures"
         self._figures.mkdir()
         # Where the API processes add up what each has counted; prometheus_client reads the variable.
@@ -135,6 +148,14 @@ class Supervisor:
             for _ in range(config.server.max_workers)
         ]
         self._database = Database(database_url(config.store))
+        self._errors = ErrorWriter(SqlErrors(self._database))
+        self._alerts = Alerts(
+            config.alerts,
+            self._engines_down,
+            SqlKeys(self._database),
+            instance=f"{socket.gethostname()}:{bound.getsockname()[1]}",
+            url=url_of(bound, tls=tls),
+        )
         self._recovery: Recovery | None = None
         """Settles what API processes leave when they die, this server's and those of servers before it."""
         if config.ledger.ledger == "on":
@@ -150,10 +171,14 @@ class Supervisor:
         except OSError as error:
             raise cannot_bind(self._config.server, error) from error
         self._catch_signals()
+        tracker = ErrorTracker("supervisor", self._errors.add)
+        logs.watch(tracker.watch_log)
         if self._recovery is not None:
             # First: budgets begin with what the ledger says.
             await self._recovery.once(RECOVERY_TIMEOUT)
         recovering = asyncio.create_task(self._recover(), name="recovery")
+        alerting = asyncio.create_task(self._alerts.run(), name="alerts")
+        booking = asyncio.create_task(self._errors.run(), name="error book")
         children = [*self._workers, *self._apis]
         keepers = [asyncio.create_task(child.keep(), name=child.name) for child in children]
         announcer = asyncio.create_task(self._announce())
@@ -171,9 +196,11 @@ class Supervisor:
             for child in children:
                 child.retire()
                 child.kill()
-            for task in (announcer, signalled, recovering, *keepers):
+            for task in (announcer, signalled, recovering, booking, *keepers):
                 task.cancel()
-            await asyncio.gather(announcer, signalled, recovering, *keepers, return_exceptions=True)
+            await asyncio.gather(announcer, signalled, recovering, booking, *keepers, return_exceptions=True)
+            tracker.flush()
+            await self._errors.finish(ERRORS_TIMEOUT)
             for listening in self._engines_listening:
                 listening.close()
             await self._database.close()
@@ -185,19 +212,21 @@ class Supervisor:
 
     # Beginning
 
-    def _worker(self, number: int, member: Member, memory_share: float) -> Child:
+    def _worker(self, number: int, member: Member, memory_share: float, folder: Path) -> EnginePlace:
         # A worker has no business with keys.
         config = config_to_json(Config(model=member.section, engine=self._config.engine, log=self._config.log))
         setup = Setup(config, [member.files], [str(self._sockets[number])], self._started_at, memory_share)
-        return Child(
-            "headrace.worker",
+        return EnginePlace(
             f"engine {member.files.name}" if number else "engine",
             listening=self._engines_listening[number],
+            folder=folder,
             setup=lambda: setup,
+            rules=self._config.resilience,
             received=self._hear,
-            changed=lambda worker: self._tell_apis(EngineChanged(member.files.name, worker.status)),
+            changed=lambda place: self._tell_apis(EngineChanged(member.files.name, place.status)),
             # The server is there for the default model; what may be away is what others are for.
             essential=number == 0,
+            standby=self._config.resilience.standby and can_stand_by(member.files),
         )
 
     def _catch_signals(self) -> None:
@@ -239,6 +268,10 @@ class Supervisor:
                 child.tell(answer)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
+        elif isinstance(message, RequestsEnded | BudgetSeen):
+            self._alerts.hear(message)
+        elif isinstance(message, ErrorsNoted):
+            self._errors.add(message.errors)
 
     def _tell_apis(self, message: ToChild) -> None:
         for api in self._apis:
@@ -270,12 +303,22 @@ class Supervisor:
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
 
+    def _engines_down(self) -> list[tuple[str, str | None]]:
+        """For the alerts: why each model's engine can't be used. One that is loaded for the first time isn't down."""
+        open_circuits = {standing.model for standing in self._circuits.standing() if standing.state != "closed"}
+        said: list[tuple[str, str | None]] = []
+        for files, worker in zip(self._models, self._workers, strict=True):
+            down = worker.state == "failed" or (worker.state == "starting" and worker.started.is_set())
+            reason = worker.reason if down else None
+            if reason is None and files.name in open_circuits and worker.state == "ready":
+                reason = "Its requests failed too often of late, and its circuit breaker keeps them away from it."
+            said.append((files.aliases[0] if files.aliases else files.name, reason))
+        return said
+
     def _processes(self) -> dict[str, object]:
         workers = []
         for files, worker in zip(self._models, self._workers, strict=True):
-            line = listing(worker, model=files.name)
-            if line is not None:
-                workers.append(line | {"running": worker.stats.running, "waiting": worker.stats.waiting})
+            workers += worker.listings(files.name)
         apis = [line for api in self._apis if (line := listing(api)) is not None]
         return {
             "workers": workers,

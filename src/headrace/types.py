@@ -57,6 +57,22 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None: off. k: score every prompt position in the same way (`echo` with `logprobs`)."""
 
 
+class Resume(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request goes on whose engine died: what its client has of it. All of it counts as said; none of it is said again."""
+
+    generated: tuple[tuple[int, ...], ...]
+    """The tokens of each choice."""
+    ended: tuple[int, ...] = ()
+    """The choices that have ended; there is always one that hasn't."""
+    scored: bool = False
+    """Whether the prompt's scores, where they were asked for, have arrived."""
+
+    @property
+    def tokens(self) -> int:
+        """Over all choices."""
+        return sum(map(len, self.generated))
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an engine is asked: token ids in, events out."""
 
@@ -73,6 +89,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Only for engines with the capability `messages`, which template by themselves."""
     text: str | None = None
     """Only for engines with the capability `messages`: a completion's prompt as text."""
+    resume: Resume | None = None
+    """Only for engines with the capability `resume`: the request goes on from here. Its events continue where those of the dead
+    engine ended, and its `Report` is of the whole request."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -139,7 +158,8 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: frozenset[str] = frozenset()
     """Powers not every engine has, by the sampling field or the word that needs them: `logprobs`,
     `prompt_logprobs`, `logit_bias`, `seed`, `n`, `min_p`, `top_k`, `repetition_penalty`, `min_tokens`,
-    `ignore_eos`, `stop_token_ids`, `tokens` (accepts token ids), `messages` (templates by itself)."""
+    `ignore_eos`, `stop_token_ids`, `tokens` (accepts token ids), `messages` (templates by itself), `resume` (goes on with what another
+    engine has begun)."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +179,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     preemptions: int = 0
+    guessed_tokens: int = 0
+    """Computed on the guess that they come next."""
+    right_tokens: int = 0
+    """Of those, guessed rightly."""
 
 
 EngineState = Literal["starting", "ready", "standby", "stopping", "failed"]
@@ -166,6 +190,9 @@ EngineState = Literal["starting", "ready", "standby", "stopping", "failed"]
 
 CircuitState = Literal["closed", "half_open", "open"]
 """Of a circuit breaker: all requests go through, a few try the engine, or none."""
+
+
+DeathCause = Literal["killed", "stalled", "exited"]
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,6 +203,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is not ready, for a person."""
     restarts: int = 0
     pid: int = 0
+    deaths: dict[DeathCause, int] = {}
+    """How often it was replaced, by why: killed by a signal (which includes the system's, when memory is out), stalled, or exited by itself."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -420,6 +449,33 @@ class UsageLine(msgspec.Struct, frozen=True, kw_only=True):
     currency: str
 
 
+class TrackedError(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors that are alike, counted. It never holds what users wrote, and no keys."""
+
+    fingerprint: str
+    """The same for errors of the same kind at the same place."""
+    process: str
+    """`api`, `engine`, `supervisor`; of a process that died its name among the children."""
+    code: str
+    """The error's code; of an error outside of requests what the log says, which is a constant text."""
+    kind: str = ""
+    """The exception's class, with that of its cause."""
+    route: str = ""
+    model: str = ""
+    frames: tuple[str, ...] = ()
+    """Where in our own code it was raised, innermost last: `headrace.module:Class.method:line`."""
+    detail: str = ""
+    """Further words of ours, such as how a process ended."""
+    count: int = 1
+    first_seen: float
+    """Unix time, like `last_seen`."""
+    last_seen: float
+    request_id: str = ""
+    """Of the last request that met it; empty outside of requests."""
+    version: str = ""
+    """Of Headrace, when it was last seen."""
+
+
 class CacheTags(msgspec.Struct, frozen=True):
     """Whose a cached answer is; what it can be purged by."""
 
@@ -491,6 +547,8 @@ class Call:
     """What callers are told of the journey: headers of non-streaming answers, comments at the end of streams."""
     filtered: list[tuple[str, str, str]] = field(default_factory=list)
     """What filters decided, in order: stage, kind of match, action; for the metrics."""
+    retried: tuple[str, ...] = ()
+    """Models whose engine was asked again, once for each time; for the metrics."""
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer, whether it is streamed, whole or a refusal; names in lower case."""
     cache: bool | None = None

@@ -17,18 +17,23 @@ import uvloop
 
 from headrace import logs
 from headrace.config import Config, EngineSection
-from headrace.control import Alive, Beginning, Stop, ToChild, begin
+from headrace.control import Alive, Beginning, ErrorsNoted, Promote, Stop, ToChild, begin
 from headrace.engine.echo import EchoEngine
 from headrace.engine.frames import FrameConnection
+from headrace.engine.pulse import Pulse
 from headrace.engine.serving import EngineServer
+from headrace.error_tracking import ErrorTracker
 from headrace.errors import HeadraceError, ModelError
+from headrace.low_priority import give_way
 from headrace.models.tokenizer import load_tokenizer
 from headrace.ports import Engine, Runner
 from headrace.stores.slots import SharedSlots
-from headrace.types import EngineStats, ModelFiles
+from headrace.types import EngineState, EngineStats, ModelFiles
 
 REPORT_INTERVAL = 0.25
 """Seconds between reports to the supervisor, while there is something new to say."""
+BEAT_INTERVAL = 0.2
+"""Seconds between the event loop's marks in the pulse."""
 CLOSE_TIMEOUT = 2.0
 """Seconds that an engine gets to close before the process leaves without it."""
 
@@ -40,8 +45,13 @@ def main() -> None:
     uvloop.run(_run(beginning))
 
 
-def build_engine(files: ModelFiles, config: Config, memory_share: float = 1.0) -> Engine:
-    """The engine that serves these files, with its part of the memory for keys and values. Raises `ModelError`."""
+def build_engine(
+    files: ModelFiles, config: Config, memory_share: float = 1.0, *, kv_blocks: int = 0, beside_standby: bool = False
+) -> Engine:
+    """The engine that serves these files, with its part of the memory for keys and values. Raises `ModelError`.
+
+    `kv_blocks` is how many to allocate, if not 0; else memory is left for another engine like it where it is `beside_standby`.
+    """
     if files.kind == "echo":
         return EchoEngine.from_options(
             load_tokenizer(files),
@@ -67,7 +77,7 @@ def build_engine(files: ModelFiles, config: Config, memory_share: float = 1.0) -
     from headrace.engine.scheduled import ScheduledEngine
 
     return ScheduledEngine(
-        lambda: load_runner(files, config.engine, memory_share),
+        lambda: load_runner(files, config.engine, memory_share, kv_blocks=kv_blocks, beside_standby=beside_standby),
         load_tokenizer(files),
         name=files.name,
         kind=files.kind,
@@ -77,18 +87,22 @@ def build_engine(files: ModelFiles, config: Config, memory_share: float = 1.0) -
     )
 
 
-def load_runner(files: ModelFiles, section: EngineSection, memory_share: float = 1.0) -> Runner:
+def load_runner(
+    files: ModelFiles, section: EngineSection, memory_share: float = 1.0, *, kv_blocks: int = 0, beside_standby: bool = False
+) -> Runner:
     """The model on the CPU, loaded. Raises `ModelError`."""
     from headrace.engine.openvino_runner import OpenVinoRunner
 
     runner = OpenVinoRunner(
         Path(files.folder),
-        num_blocks=None,
+        num_blocks=kv_blocks or None,
         kv_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
         context_length=files.context_length,
         max_sequences=section.max_sequences,
         threads=section.threads,
         memory_share=memory_share,
+        beside_another=beside_standby,
+        deterministic=section.deterministic,
     )
     runner.load()
     return runner
@@ -102,22 +116,45 @@ class CanBreak(Protocol):
     failure: BaseException | None
 
 
+@runtime_checkable
+class ShowsPulse(Protocol):
+    """An engine whose step loop shows that it gets on."""
+
+    pulse: Pulse
+
+
 async def _run(beginning: Beginning) -> None:
     loop = asyncio.get_running_loop()
     log = structlog.get_logger("headrace.worker")
-    stopping = asyncio.Event()
+    stopping, promoted = asyncio.Event(), asyncio.Event()
+    setup = beginning.setup
+    # The other worker serves meanwhile.
+    hurry = give_way() if setup.standing_by else promoted.set
 
     def told(message: ToChild) -> None:
         if isinstance(message, Stop):
             stopping.set()
+        elif isinstance(message, Promote):
+            hurry()
+            promoted.set()
 
     control = FrameConnection[ToChild](ToChild, told, _leave)
     await loop.create_unix_connection(lambda: control, sock=beginning.control)
-    files = beginning.setup.models[0]
+    pulse = Pulse.join(setup.pulse) if setup.pulse else Pulse()
+    beating = asyncio.create_task(_beat(pulse), name="pulse")
+    files = setup.models[0]
+    tracker = ErrorTracker(
+        "engine", lambda errors: control.send(ErrorsNoted(errors)), model=files.aliases[0] if files.aliases else files.name
+    )
+    logs.watch(tracker.watch_log)
     try:
-        engine = build_engine(files, beginning.config, beginning.setup.memory_share)
+        engine = build_engine(
+            files, beginning.config, setup.memory_share, kv_blocks=setup.kv_blocks, beside_standby=setup.beside_standby
+        )
+        if isinstance(engine, ShowsPulse):
+            engine.pulse = pulse
         server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots)
-        accepting = await _listen(server, beginning.listening)
+        accepting = asyncio.create_task(_accept(server, beginning.listening, promoted), name="accept")
         starting = asyncio.create_task(engine.start())
         await asyncio.wait((starting, asyncio.create_task(stopping.wait())), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -135,14 +172,14 @@ async def _run(beginning: Beginning) -> None:
         os._exit(4)
     gc.collect()
     gc.freeze()
+    hurry()
     server.ready(card)
-    control.send(Alive("ready", stats=engine.stats()))
-    await _report(engine, control, stopping)
+    await _report(engine, control, stopping, accepting)
     if isinstance(engine, CanBreak) and engine.failed.is_set():
         control.send(Alive("failed", f"The engine's loop broke: {engine.failure!r}."))
         await asyncio.sleep(0.05)
         os._exit(5)
-    del accepting  # held until here: uvloop closes a server that nobody holds
+    del accepting, beating  # held until here: uvloop closes a server that nobody holds
     control.send(Alive("stopping", stats=engine.stats()))
     try:
         await asyncio.wait_for(engine.close(), CLOSE_TIMEOUT)
@@ -151,25 +188,35 @@ async def _run(beginning: Beginning) -> None:
     os._exit(0)
 
 
-async def _listen(server: EngineServer, listening: socket.socket) -> asyncio.AbstractServer:
+async def _beat(pulse: Pulse) -> None:
+    while True:
+        pulse.beat()
+        await asyncio.sleep(BEAT_INTERVAL)
+
+
+async def _accept(server: EngineServer, listening: socket.socket, promoted: asyncio.Event) -> asyncio.AbstractServer:
+    await promoted.wait()
     # The socket is the supervisor's, which keeps it over a worker's death: API processes' connections wait in it.
     return await asyncio.get_running_loop().create_unix_server(server.accept, sock=listening)
 
 
-async def _report(engine: Engine, control: FrameConnection[ToChild], stopping: asyncio.Event) -> None:
-    said: EngineStats | None = None
+async def _report(
+    engine: Engine, control: FrameConnection[ToChild], stopping: asyncio.Event, accepting: asyncio.Task[asyncio.AbstractServer]
+) -> None:
+    """Tell the supervisor how it goes, until the process has to stop. `accepting` is done once API processes can connect."""
+    said: tuple[EngineState, EngineStats] | None = None
+    stopped = asyncio.create_task(stopping.wait())
     watching = None
     if isinstance(engine, CanBreak):
         watching = asyncio.create_task(_wait_then_set(engine.failed, stopping))
     while not stopping.is_set():
+        serving = accepting.done() and accepting.result() is not None
+        state: EngineState = "ready" if serving else "standby"
         stats = engine.stats()
-        if stats != said:
-            said = stats
-            control.send(Alive("ready", stats=stats))
-        try:
-            await asyncio.wait_for(stopping.wait(), REPORT_INTERVAL)
-        except TimeoutError:
-            continue
+        if (state, stats) != said:
+            said = state, stats
+            control.send(Alive(state, stats=stats))
+        await asyncio.wait({stopped} if serving else {stopped, accepting}, timeout=REPORT_INTERVAL, return_when=asyncio.FIRST_COMPLETED)
     if watching is not None:
         watching.cancel()
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from headrace import __version__
-from headrace.cli import audit, bench, cache, chat, doctor, keys, models, ps, pull, serve, tenants, usage
+from headrace.cli import audit, bench, cache, chat, doctor, errors, keys, models, ps, pull, serve, tenants, usage
 from headrace.cli import config as show_config
 from headrace.errors import ConfigError, HeadraceError
 
@@ -47,6 +47,7 @@ app.add_typer(tenants.app)
 app.add_typer(cache.app)
 app.command("audit")(audit.audit)
 app.command("usage")(usage.usage)
+app.command("errors")(errors.errors)
 app.command("config")(show_config.config)
 
 

@@ -289,5 +289,5 @@ def _cancel_task(task: asyncio.Task[None]) -> None:
 
 
 def _unexpected(request: GenerateRequest, error: Exception) -> RequestFailed:
-    structlog.get_logger("headrace.worker").error("request failed", request=request.id, exc_info=error)
+    structlog.get_logger("headrace.worker").error("request failed", request_id=request.id, exc_info=error)
     return RequestFailed(f"The engine failed on this request ({type(error).__name__}); it is in the server's log under {request.id}.")

@@ -25,7 +25,7 @@ from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_
 from headrace.engine.scheduler import Chunk, Scheduler
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.errors import DeadlineExceeded, EngineDied, HeadraceError, RequestFailed
-from headrace.ports import Deliver, ForwardBatch, ForwardResult, Rewinds, Runner, Tokenizer
+from headrace.ports import Deliver, ForwardBatch, ForwardResult, Rewinds, Runner, StepNotes, Tokenizer
 from headrace.types import Delta, EngineStats, Event, GenerateRequest, PromptScores, Report, TokenLogprob
 
 Outbox = list[tuple[Deliver, Many[Event] | HeadraceError]]
@@ -46,6 +46,7 @@ class Stepper:
         step_tokens: int,
         prefix_cache: bool,
         prompt_lookup: bool = True,
+        deterministic: bool = False,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,15 +63,21 @@ class Stepper:
         self._words = TokenWords(tokenizer)
         self._clock = clock
         self._pace = pace or Pace()
-        self._guessing = prompt_lookup and isinstance(runner, Rewinds) and runner.rewinds
+        self._guessing = prompt_lookup and not deterministic and isinstance(runner, Rewinds) and runner.rewinds
         self._step_tokens = step_tokens
         self._scheduler = Scheduler(
-            BlockPool(runner.num_blocks, caching=prefix_cache),
+            BlockPool(runner.num_blocks, caching=prefix_cache and not deterministic),
             block_size=runner.block_size,
             max_sequences=min(max_sequences, step_tokens - 1),
             step_tokens=step_tokens,
             pace=self._pace,
+            deterministic=deterministic,
         )
+        self.notes: StepNotes | None = None
+        """Where it is noted who takes part in a step without having been given a token."""
+        self._fresh: list[str] = []
+        """Those whose first token may have come of the last step, and was not handed over before this one."""
+        self._noted = False
         self._decodes = Decodes(runner.block_size)
         self._jobs: dict[str, Job] = {}
         self._touched: list[Job] = []
@@ -99,6 +106,8 @@ class Stepper:
         if request.timeout is not None:
             heapq.heappush(self._deadlines, (job.deadline, job.order, job))
         self._scheduler.add(job)
+        if not job.sequences:
+            self._end(job)
 
     def cancel(self, request_id: str) -> None:
         """Free a request's sequences and blocks now; it gets its `Report`. Unknown ids are ignored."""
@@ -146,6 +155,7 @@ class Stepper:
             for chunk in plan.chunks:
                 self._begin(chunk.sequence, began)
             chunks = [chunk for chunk in plan.chunks if chunk.sequence.state == State.PREFILL]
+            self._note(chunks)
             if plan.copies:
                 self._runner.copy_blocks(plan.copies)
             self._scheduler.copied()
@@ -162,6 +172,14 @@ class Stepper:
         self._touched.clear()
         self.pulse.end(self._completion_tokens)
         return bool(plan.decodes or plan.chunks)
+
+    def _note(self, chunks: list[Chunk]) -> None:
+        """If the process dies of this step, one of these may be why."""
+        before, self._fresh = self._fresh, [chunk.sequence.job.id for chunk in chunks if chunk.sequence.job.first_token_at is None]
+        if self.notes is not None and (self._fresh or before or self._noted):
+            suspects = [*dict.fromkeys(before + self._fresh)]
+            self._noted = bool(suspects)
+            self.notes.step(suspects)
 
     def _expire(self, now: float) -> None:
         """End the requests whose time is up, saying where it went."""
@@ -199,8 +217,12 @@ class Stepper:
             choice=choice,
             eos_ids=self._eos,
             fallback_seed=job.seed,
+            generated=job.generated(choice),
         )
-        return Completion(sampling, sampler, self._tokenizer, self._words, choice=choice, limit=job.limit - len(job.prompt))
+        limit = job.limit - len(job.prompt)
+        completion = Completion(sampling, sampler, self._tokenizer, self._words, choice=choice, limit=limit)
+        completion.replay(job.generated(choice))
+        return completion
 
     def _compute(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
         """Compute a step. Raises `EngineDied` where the model fails every request, and a harmless one too."""
@@ -360,7 +382,7 @@ class Stepper:
             job = sequence.job
             if job.first_token_at is None:
                 job.first_token_at = now
-                if job.scored:
+                if job.scored and not job.scores_said:
                     self._emit(job, PromptScores(tuple(job.scores)))
             if sequence.completion is None:
                 for choice in range(job.request.sampling.n):
@@ -409,8 +431,8 @@ class Stepper:
     def _end(self, job: Job) -> None:
         self._forget(job)
         queue, prefill, decode = job.phases(self._clock())
-        # A request that never left the queue has cost nothing.
-        prompt = 0 if job.started_at is None else len(job.prompt)
+        # A request that never left the queue has cost nothing; one that goes on has left another engine's.
+        prompt = 0 if job.started_at is None and job.resume is None else len(job.prompt)
         self._emit(job, Report(prompt, job.cached_tokens, job.completion_tokens, queue, prefill, decode))
 
     def _fail(self, job: Job, error: HeadraceError) -> None:
@@ -422,7 +444,7 @@ class Stepper:
             job.events = []
         self.outbox.append((job.deliver, error))
         if isinstance(error, RequestFailed):
-            logger.warning("request %s failed in the engine", job.id, exc_info=error.__cause__ or error)
+            logger.warning("request failed in the engine", extra={"request_id": job.id}, exc_info=error.__cause__ or error)
 
     def _forget(self, job: Job) -> None:
         job.ended = True

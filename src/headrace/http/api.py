@@ -14,8 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from headrace import __version__
 from headrace.config import Config
+from headrace.error_tracking import ErrorTracker
 from headrace.http.admin import Admin
 from headrace.http.admin_cache import AdminCache
+from headrace.http.admin_errors import AdminErrors
 from headrace.http.admin_keys import AdminKeys
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
@@ -31,14 +33,16 @@ from headrace.http.openai_chat import ChatCompletions
 from headrace.http.openai_completions import Completions
 from headrace.http.openai_models import Models
 from headrace.http.problems import routing_answer
+from headrace.http.request_tally import RequestTally
 from headrace.http.route import Endpoint, ExactRoutes, Route
 from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
 from headrace.http.usage import UsageRoutes
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
-from headrace.ports import Ledger
+from headrace.ports import ErrorBook, Ledger
 from headrace.served import ServedModels
+from headrace.stores.bookkeeper import Bookkeeper
 from headrace.stores.cache_levels import CacheLevels
 from headrace.stores.memory_keys import MemoryKeys
 
@@ -63,6 +67,10 @@ def create_api(
     desk: KeyDesk | None = None,
     cache: CacheLevels | None = None,
     ledger: Ledger | None = None,
+    books: Bookkeeper | None = None,
+    errors: ErrorBook | None = None,
+    tracker: ErrorTracker | None = None,
+    tally: RequestTally | None = None,
 ) -> FastAPI:
     """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
@@ -72,7 +80,9 @@ def create_api(
         keys, pepper = MemoryKeys(), secrets.token_bytes(32)
         callers, desk = Callers(config.access, keys, pepper), KeyDesk(keys, keys, pepper)
     serving = Serving(config, models, journey, control)
-    metrics = Metrics(models)
+    metrics = Metrics(models, control)
+    if books is not None:
+        books.away_told = metrics.ledger_away.set
     app = FastAPI(
         title="Headrace",
         version=__version__,
@@ -84,7 +94,7 @@ def create_api(
         # A redirect would be to the address in the Host header, which anyone can write.
         redirect_slashes=False,
     )
-    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger))
+    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger), AdminErrors(errors))
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
@@ -108,12 +118,28 @@ def create_api(
             ],
         )
     pages = [path for path in (app.docs_url, app.openapi_url) if path is not None]
-    app.add_middleware(Edge, proxies=TrustedProxies(config.access.trusted_proxies), metrics=metrics, models=models, pages=pages)
+    app.add_middleware(
+        Edge,
+        proxies=TrustedProxies(config.access.trusted_proxies),
+        metrics=metrics,
+        models=models,
+        pages=pages,
+        control=control,
+        tracker=tracker,
+        tally=tally,
+    )
     return app
 
 
 def _add_routes(
-    app: FastAPI, serving: Serving, metrics: Metrics, callers: Callers, desk: KeyDesk, cache: AdminCache, bill: UsageRoutes
+    app: FastAPI,
+    serving: Serving,
+    metrics: Metrics,
+    callers: Callers,
+    desk: KeyDesk,
+    cache: AdminCache,
+    bill: UsageRoutes,
+    errors: AdminErrors,
 ) -> None:
     body_limit = int(serving.config.server.max_body_mib * 1048576)
     openai_chat = ChatCompletions(serving, body_limit)
@@ -170,6 +196,7 @@ def _add_routes(
     add("GET", "/metrics", metrics.scrape, "Health", gate=usage, name="metrics")
     on_the_spot = Gate(callers, "admin", always=True, local=True)
     add("GET", "/admin/ps", admin.ps, "Health", gate=on_the_spot, name="ps", include_in_schema=False)
+    add("POST", "/admin/reload", admin.reload, "Administration", gate=on_the_spot, name="reload", openapi_extra=_SECURED)
     add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats", openapi_extra=_SECURED)
     add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
     add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True), openapi_extra=_SECURED)
@@ -186,6 +213,7 @@ def _add_routes(
         ("GET", "/admin/tenants/{name}", keys.tenant),
         ("PATCH", "/admin/tenants/{name}", keys.set_tenant),
         ("GET", "/admin/audit", keys.audit),
+        ("GET", "/admin/errors", errors.list),
     ):
         add(method, path, endpoint, "Administration", gate=administration, openapi_extra=_SECURED)
 

@@ -9,10 +9,15 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.error_tracking import ErrorTracker
 from headrace.http.client_address import TrustedProxies
 from headrace.http.exchange import Exchange, open_exchange
+from headrace.http.failures import code_of, failures, track
 from headrace.http.metrics import Metrics, model_of
 from headrace.http.problems import problem_answer, unexpected
+from headrace.http.request_tally import RequestTally
+from headrace.http.serving import Control
+from headrace.logs import REQUEST_ID
 from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.served import ServedModels
 
@@ -40,9 +45,21 @@ class Edge:
     """Pure ASGI. Expects `uvicorn.Config(proxy_headers=False, access_log=False)`: addresses and log lines are its own matter."""
 
     def __init__(
-        self, app: ASGIApp, *, proxies: TrustedProxies, metrics: Metrics, models: ServedModels, pages: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        proxies: TrustedProxies,
+        metrics: Metrics,
+        models: ServedModels,
+        pages: Collection[str] = (),
+        control: Control | None = None,
+        tracker: ErrorTracker | None = None,
+        tally: RequestTally | None = None,
     ) -> None:
         self._app = app
+        self._tracker = tracker
+        self._tally = tally
+        self._control = control
         self._proxies = proxies
         self._metrics = metrics
         self._models = models
@@ -56,6 +73,8 @@ class Edge:
             return
         exchange = open_exchange(scope, self._proxies)
         exchange.send = send
+        # The request's task ends with it, so nothing is to be set back.
+        REQUEST_ID.set(exchange.id)
         if scope["path"] in self._pages:
             exchange.route = scope["path"]
         scope["headrace"] = exchange
@@ -67,12 +86,15 @@ class Edge:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *ours, *journey_headers(exchange)]
+                if self._control is not None and self._control.leaving:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         self._metrics.opened()
         try:
             await self._app(scope, receive, send_with_ours)
-        except Exception:
+        except Exception as error:
+            exchange.error = exchange.error or error
             self._log.exception("request failed", request_id=exchange.id)
             if exchange.status:
                 raise
@@ -85,7 +107,12 @@ class Edge:
         status = exchange.status or CLIENT_HUNG_UP
         served = model_of(self._models, exchange)
         model = served.public_name if served is not None else ""
-        self._metrics.closed(exchange, status, model, ended)
+        failed = failures(exchange)
+        self._metrics.closed(exchange, status, model, ended, failed)
+        if self._tally is not None:
+            self._tally.note(exchange, failed, ended)
+        if failed and self._tracker is not None:
+            track(self._tracker, self._models, exchange, failed)
         said: dict[str, Any] = {
             "method": exchange.method,
             "route": exchange.route,
@@ -100,12 +127,10 @@ class Edge:
             said["completion_tokens"] = sum(call.outcome.completion_tokens for call in calls)
             if calls[0].key is not None:
                 said["key"] = calls[0].key
-            error = next((call.outcome.error for call in calls if call.outcome.error is not None), None)
-            code = getattr(error, "code", None)
-            if code is not None:
-                said["error"] = code
         elif exchange.caller is not None and exchange.caller.key is not None:
             said["key"] = exchange.caller.key.id
+        if failed:
+            said["error"] = code_of(failed[0][1])
         if exchange.client_id is not None:
             said["client_request_id"] = exchange.client_id
         if exchange.gone:

@@ -47,6 +47,8 @@ class Exchange:
     caller: Caller | None = None
     """Who the route's gate let in; None on routes without a gate."""
     calls: list[Call] = field(default_factory=list)
+    error: Exception | None = None
+    """What ended the request, where it was an error; that of a call may be another one."""
     started_at: float = field(default_factory=time.monotonic)
 
 

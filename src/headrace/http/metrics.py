@@ -7,18 +7,25 @@ prometheus_client is imported), and whichever is asked adds them up. The engines
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 
+from headrace import __version__
+from headrace.errors import HeadraceError, RateLimited
 from headrace.http.answers import Answer, Whole
 from headrace.http.exchange import Exchange
+from headrace.http.failures import Failure, code_of, model_name
+from headrace.http.serving import Control
 from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.route import HEADER as FALLBACK_HEADER
+from headrace.policies.token_lease import BUDGET_ENDED
+from headrace.policies.token_lease import NOTE as LIMIT_NOTE
 from headrace.served import ServedModel, ServedModels
 from headrace.types import CircuitState
 
@@ -57,10 +64,11 @@ class _ModelMeters:
 
 
 class Metrics:
-    def __init__(self, models: ServedModels) -> None:
+    def __init__(self, models: ServedModels, control: Control) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self._models = models
+        self._control = control
         self._shared = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
         self.registry = CollectorRegistry()
         into = self.registry
@@ -75,6 +83,20 @@ class Metrics:
         self.cached_tokens = Counter("headrace_cached_tokens", "Tokens of prompts found in the prefix cache", ["model"], registry=into)
         self.fallbacks = Counter("headrace_fallbacks", "Answers that a fallback gave, by why", ["model", "reason"], registry=into)
         self.degraded = Counter("headrace_degraded", "Answers cut or made by a smaller model, for a long queue", ["model"], registry=into)
+        self.errors = Counter(
+            "headrace_errors", "Requests, and items of batches, that ended in an error, by its code", ["code", "model"], registry=into
+        )
+        self.refused = Counter(
+            "headrace_limit_refusals", "Requests refused for a limit, by what ran out and whose it is", ["kind", "subject"], registry=into
+        )
+        self.retries = Counter("headrace_retries", "Requests asked again before their first token", ["model"], registry=into)
+        self.budget_ends = Counter("headrace_budget_ends", "Answers cut short where a token budget ended", ["model"], registry=into)
+        self.ledger_away = Gauge(
+            "headrace_ledger_away",
+            "1 while usage goes to the journal because the database is away",
+            multiprocess_mode="livemax",
+            registry=into,
+        )
         self.filtered = Counter("headrace_filter_actions", "Matches that filters acted on", ["stage", "kind", "action"], registry=into)
         self.first_token = Histogram(
             "headrace_time_to_first_token_seconds",
@@ -105,14 +127,20 @@ class Metrics:
     def opened(self) -> None:
         self.in_flight.inc()
 
-    def closed(self, exchange: Exchange, status: int, model: str, now: float) -> None:
+    def closed(self, exchange: Exchange, status: int, model: str, now: float, failed: Sequence[Failure] = ()) -> None:
         """Count a request that is over. `model` is a name of ours or empty, never what a client made up."""
         self.in_flight.dec()
         # Methods that no route has would let a client make up label values.
         method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
         self._request(exchange.route, method, str(status), model).inc()
         self._seconds(exchange.route).observe(now - exchange.started_at)
+        for failing, error in failed:
+            self.errors.labels(code_of(error), model_name(self._models, failing)).inc()
+            if isinstance(error, RateLimited) and error.limit is not None:
+                self.refused.labels(*error.limit).inc()
         for call in exchange.calls:
+            for name in call.retried:
+                self.retries.labels(self._models.find(name).public_name).inc()
             for decision in call.filtered:
                 self.filtered.labels(*decision).inc()
             if call.served_model is None:
@@ -124,6 +152,8 @@ class Metrics:
             reason = call.headers.get(FALLBACK_HEADER)
             if reason is not None and outcome.error is None:
                 self.fallbacks.labels(self._models.find(call.model).public_name, reason).inc()
+            if call.notes.get(LIMIT_NOTE) == BUDGET_ENDED:
+                self.budget_ends.labels(self._models.find(call.served_model).public_name).inc()
             if DEGRADED_HEADER in call.headers:
                 self.degraded.labels(self._models.find(call.model).public_name).inc()
             # Of a shared generation each of its calls counts its own part.
@@ -152,16 +182,20 @@ class Metrics:
         for served in self._models:
             if isinstance(served.engine, Refreshes):
                 await served.engine.refresh()
+        processes: Mapping[str, Any] = {}
+        with contextlib.suppress(HeadraceError):  # the rest is still worth having
+            processes = await self._control.ps()
         # Writing it out takes a few milliseconds of Python, which a thread interrupts where the event loop could not.
-        text = await asyncio.to_thread(self._write)
+        text = await asyncio.to_thread(self._write, processes)
         return Whole(text, content_type=CONTENT_TYPE_LATEST.encode())
 
-    def _write(self) -> bytes:
+    def _write(self, processes: Mapping[str, Any]) -> bytes:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.multiprocess import MultiProcessCollector
 
         engines = CollectorRegistry()
         engines.register(_Engines(self._models))
+        engines.register(_Processes(processes))
         if not self._shared:
             return bytes(generate_latest(self.registry)) + bytes(generate_latest(engines))
         added_up = CollectorRegistry()
@@ -216,6 +250,29 @@ class _Engines:
         yield ready
         yield restarts
         yield circuits
+
+
+class _Processes:
+    """Collects what the supervisor says of its processes, as `headrace ps` shows it."""
+
+    def __init__(self, listing: Mapping[str, Any]) -> None:
+        self._listing = listing
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        build = GaugeMetricFamily("headrace_build_info", "1, for this version", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        memory = GaugeMetricFamily("headrace_resident_memory_bytes", "Resident memory, all processes of a kind", labels=["process"])
+        restarts = CounterMetricFamily("headrace_process_restarts", "Times that processes were started again", labels=["process"])
+        kinds = (("api", self._listing.get("api", ())), ("engine", self._listing.get("workers", ())))
+        for process, lines in kinds:
+            memory.add_metric([process], 2**20 * sum(line.get("memory_mib") or 0 for line in lines))
+            restarts.add_metric([process], sum(line.get("restarts", 0) for line in lines))
+        memory.add_metric(["supervisor"], 2**20 * (self._listing.get("supervisor", {}).get("memory_mib") or 0))
+        yield memory
+        yield restarts
 
 
 def model_of(models: ServedModels, exchange: Exchange) -> ServedModel | None:

@@ -47,10 +47,12 @@ class Route(APIRoute):
             exchange.gone = True
             return
         except HeadraceError as error:
+            exchange.error = error
             if exchange.status:
                 raise
             problem = error
-        except Exception:
+        except Exception as error:
+            exchange.error = error
             structlog.get_logger("headrace.http").exception("request failed", route=self.path, request_id=exchange.id)
             if exchange.status:
                 raise

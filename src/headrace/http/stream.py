@@ -108,10 +108,12 @@ class Streamed(Generic[Given]):
         except HeadraceError as error:
             if not self._started:
                 raise
+            exchange_of(scope).error = error
             last = self._problem(error)
-        except Exception:
+        except Exception as error:
             if not self._started:
                 raise
+            exchange_of(scope).error = error
             # The status is out, so the edge can't tell the client any more.
             structlog.get_logger("headrace.http").exception("stream failed")
             last = self._problem(unexpected())

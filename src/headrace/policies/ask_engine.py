@@ -55,6 +55,8 @@ class AskEngine:
             yield
         finally:
             asking.settle(call.outcome)
+            if asking.retries:
+                call.retried += (name,) * asking.retries
 
 
 class Asking:
@@ -72,6 +74,7 @@ class Asking:
         "_next",
         "_request",
         "_source",
+        "retries",
     )
 
     def __init__(self, asker: AskEngine, model: ServedModel, circuit: Circuit | None, budget: RetryBudget, call: Call) -> None:
@@ -86,6 +89,8 @@ class Asking:
         self._epoch = 0
         self._first_token = 0.0
         """Seconds to the first batch; 0 until it is there."""
+        self.retries = 0
+        """Times that the engine was asked again."""
         self._source: AsyncIterator[list[Event]] | None = None
         self._next: Callable[[], Awaitable[list[Event]]] = self._first
 
@@ -118,19 +123,18 @@ class Asking:
         timeout = self._request.timeout
         request = self._request
         self._budget.earn()
-        retries = 0
         while True:
             try:
                 return await self._attempt(request)
             except HeadraceError as error:
                 await self.aclose()
-                if retries >= self._asker.retries or not may_help(error) or self._model.status.state != "ready":
+                if self.retries >= self._asker.retries or not may_help(error) or self._model.status.state != "ready":
                     raise
-                seconds = pause(retries, error.retry_after, self._asker.draw)
+                seconds = pause(self.retries, error.retry_after, self._asker.draw)
                 left = None if timeout is None else timeout - (time.monotonic() - began)
                 if seconds is None or (left is not None and seconds >= left) or not self._budget.spend():
                     raise
-            retries += 1
+            self.retries += 1
             await asyncio.sleep(seconds)
             if left is not None:
                 request = msgspec.structs.replace(self._request, timeout=max(0.001, left - seconds))

@@ -70,6 +70,12 @@ def duration(seconds: float) -> str:
 
 def refusal(claims: Sequence[Claim], refused: Refused, *, prompt: int = 0) -> RateLimited:
     """The error for a caller. `retry_after` is when the same request could be admitted, where that can be known."""
+    error = _refusal(claims, refused, prompt)
+    error.limit = refused.dimension, claims[refused.which].subject.partition(":")[0]
+    return error
+
+
+def _refusal(claims: Sequence[Claim], refused: Refused, prompt: int) -> RateLimited:
     claim = claims[refused.which]
     whose = {"key": "this key", "tenant": "this key's tenant", "address": "callers without a key"}[claim.subject.partition(":")[0]]
     if refused.dimension == "requests":

@@ -90,6 +90,8 @@ class Bookkeeper:
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._away = False
+        self.away_told: Callable[[bool], None] | None = None
+        """Hears when the database goes away, and when it is back."""
         self._writing: asyncio.Task[None] | None = None
         self._returning: asyncio.Task[None] | None = None
         self._abandoned: set[asyncio.Future[None]] = set()
@@ -310,10 +312,16 @@ class Bookkeeper:
 
     # The database away, and back
 
+    def _is_away(self, away: bool) -> None:
+        if away != self._away:
+            self._away = away
+            if self.away_told is not None:
+                self.away_told(away)
+
     def _go_away(self, error: Exception) -> None:
         reason = error.message if isinstance(error, HeadraceError) else f"no commit within {self._patience:g} s"
         self._log.warning("database away: usage goes to the journal", reason=reason)
-        self._away = True
+        self._is_away(True)
         if self._returning is None or self._returning.done():
             self._returning = asyncio.create_task(self._come_back(), name="ledger replay")
 
@@ -328,10 +336,10 @@ class Bookkeeper:
                 else:
                     await self._write_in_time([], [])
             except (StoreUnavailable, TimeoutError, OSError):
-                self._away = True
+                self._is_away(True)
                 continue
             if self._away:
-                self._away = False
+                self._is_away(False)
                 self._log.info("database back: the journal is replayed", files=len(paths))
             elif not paths:
                 return
