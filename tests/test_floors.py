@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headrace"
 FLOORS: dict[str, int] = {
     "types": 0,
     "claims": 0,
+    "waiting": 0,
     "errors": 0,
     "ports": 0,
     "config": 0,
@@ -27,6 +28,9 @@ FLOORS: dict[str, int] = {
     "supervisor": 2,
     "children": 2,
     "control": 2,
+    "engine_places": 2,
+    "stalls": 2,
+    "low_priority": 2,
     "circuits": 2,
     "lineup": 2,
     "address": 2,

@@ -174,6 +174,11 @@ class EngineSection(Section):
     max_sequences: int = Field(64, ge=1, le=1024, description="Most sequences in one batch")
     step_tokens: int = Field(512, ge=16, le=65536, description="Most tokens in one step; longer prompts go in chunks")
     prefix_cache: bool = Field(True, description="Reuse keys and values of prompts that begin alike, within a tenant")
+    deterministic: bool = Field(
+        False,
+        description="Text depends on nothing but its request: no batching of products, no prefix cache (OpenVINO; see docs/resilience.md)",
+    )
+    prompt_lookup: bool = Field(True, description="Guess tokens from what was said before, and verify several in one step")
 
 
 class LogSection(Section):
@@ -225,6 +230,13 @@ class CacheSection(Section):
 class ResilienceSection(Section):
     """What is done when an engine fails, or has too much to do."""
 
+    stall_timeout: float = Field(
+        5.0, ge=1, le=3600, description="Seconds without progress, or three times a step's expected length, after which a worker is replaced"
+    )
+    standby: bool = Field(False, description="Keep a second engine loaded that takes over at once; takes the model's memory again")
+    give_up_after: float = Field(
+        60.0, gt=0, le=86_400, description="Seconds of failing to bring an engine back after which its requests end with an error"
+    )
     breaker: Literal["on", "off"] = Field("on", description="Leave an engine alone for a while when it fails too often")
     breaker_window: float = Field(30.0, gt=0, le=3600, description="Seconds over which an engine's failures are counted")
     breaker_failure_share: float = Field(0.5, gt=0, le=1, description="Share of failed and slow requests at which the breaker opens")
@@ -245,6 +257,9 @@ class ResilienceSection(Section):
     )
     fallback_cache_age: float = Field(
         86_400.0, ge=0, le=31_536_000, description="Seconds that answers are kept beyond cache_ttl, where a fallback is `cache`"
+    )
+    quarantine_seconds: float = Field(
+        3600.0, gt=0, le=31_536_000, description="Seconds for which a request that killed the engine, running alone, is refused"
     )
     degrade_queue: int | None = Field(None, ge=1, description="Waiting sequences of a model over which its answers are degraded")
     degrade_max_tokens: int | None = Field(None, ge=1, description="Most tokens of a degraded answer")
@@ -273,6 +288,43 @@ class ResilienceSection(Section):
         return chains
 
 
+class OverloadSection(Section):
+    """Who waits for a model that has much to do, and who is refused. docs/overload.md."""
+
+    max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Most requests that wait for a model's first token")
+    max_queue_tokens: int = Field(2_000_000, ge=1, description="Most prompt tokens of the requests that wait for a model")
+    max_queue_wait: float = Field(120.0, gt=0, le=86_400, description="Longest wait for a first token, in seconds; who would wait longer gets 503")
+    ttft_target: float = Field(
+        2.0, ge=0, le=3600, description="Seconds to the first token that admission keeps to under overload; 0 is no target"
+    )
+
+
+class AlertSection(Section):
+    """When the server calls for somebody. Alerts are in the log, and sent to a webhook if there is one."""
+
+    alert_webhook: SecretStr | None = Field(None, description="URL that is called (POST, JSON) when an alert fires and when it clears")
+    alert_webhook_secret: SecretStr | None = Field(
+        None, min_length=16, description="Signs what is sent: X-Headrace-Signature is the body's HMAC-SHA256 with it"
+    )
+    alert_window: float = Field(300.0, gt=0, le=86_400, description="Seconds over which failed and long queued requests are counted")
+    alert_min_requests: int = Field(20, ge=1, description="Requests within the window before shares of them say anything")
+    alert_error_share: float = Field(0.05, ge=0, lt=1, description="Share of a model's requests that fail, above which it is an alert")
+    alert_queue_seconds: float = Field(
+        30.0, gt=0, description="Seconds in an engine's queue; it is an alert if more than a tenth of the requests wait longer"
+    )
+    alert_engine_down_seconds: float = Field(30.0, gt=0, description="Seconds that an engine is down before it is an alert")
+    alert_budget_share: float = Field(0.8, gt=0, le=1, description="Spent share of a key's or a tenant's budget of tokens that is an alert")
+
+    @field_validator("alert_webhook")
+    @classmethod
+    def _is_a_web_address(cls, url: SecretStr | None) -> SecretStr | None:
+        # What is wrong with it is said without showing it: it may hold a token.
+        pattern = r"https?://(?:[^\s/?#@]*@)?(?:[^\s/?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?(?:[/?#]\S*)?"
+        if url is not None and not re.fullmatch(pattern, url.get_secret_value()):
+            raise ValueError("it is not a URL such as https://example.org/alerts (http or https)")
+        return url
+
+
 class Config(Section):
     """All sections. `Config()` is the default configuration;"""
 
@@ -287,6 +339,8 @@ class Config(Section):
     filters: FilterSection = FilterSection()
     cache: CacheSection = CacheSection()
     resilience: ResilienceSection = ResilienceSection()
+    overload: OverloadSection = OverloadSection()
+    alerts: AlertSection = AlertSection()
     log: LogSection = LogSection()
 
 

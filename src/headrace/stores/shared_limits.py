@@ -88,6 +88,8 @@ class SharedLimits:
         """Requests that were settled with the most they can have used."""
         self._final: dict[str, int] = {}
         """What requests used that are still to be settled."""
+        self.budget_seen: Callable[[Claim, Room], None] | None = None
+        """Called with how a claim with a budget stands, whenever that is heard."""
         self._outbox: list[tuple[Ask, Answered]] = []
         self._owed: dict[str, Ask] = {}
         """What the place must hear of when it is back, by id; saying it twice does no harm."""
@@ -266,6 +268,8 @@ class SharedLimits:
         for claim, room in zip(claims, rooms, strict=True):
             known.pop(claim.subject, None)
             known[claim.subject] = (room, now)
+            if claim.budget is not None and self.budget_seen is not None:
+                self.budget_seen(claim, room)
         while len(known) > KNOWN:
             del known[next(iter(known))]
 
