@@ -28,6 +28,8 @@ FLOORS: dict[str, int] = {
     "supervisor": 2,
     "children": 2,
     "control": 2,
+    "api_processes": 2,
+    "reload": 2,
     "engine_places": 2,
     "stalls": 2,
     "low_priority": 2,

@@ -19,12 +19,10 @@ import structlog
 from headrace.control import Alive, Setup, ToChild, ToSupervisor
 from headrace.engine.frames import FrameConnection
 from headrace.errors import ModelError
-from headrace.types import EngineState, EngineStats, EngineStatus
+from headrace.types import DeathCause, EngineState, EngineStats, EngineStatus
 
 FIRST_STARTS = 3
 """A child that was never ready is started so many times before the whole start is given up."""
-HOPELESS = 5
-"""After so many deaths in a row without progress its state is `failed`; it is still started again, every half minute or so."""
 STEADY = 10.0
 """Seconds of being ready that count as progress."""
 LONGEST_PAUSE = 30.0
@@ -55,6 +53,8 @@ class Child:
         self.state: EngineState = "starting"
         self.reason = "It is being loaded."
         self.restarts = 0
+        self.cause: DeathCause = "exited"
+        """Of its last process's death."""
         self.stats = EngineStats()
         self.started = asyncio.Event()
         """Set when a process of this child is ready for the first time."""
@@ -73,7 +73,7 @@ class Child:
         self._retired = asyncio.Event()
         self._failures = 0
         self._ready_since: float | None = None
-        self._first_stats: EngineStats | None = None
+        self._verdict = ""
         self._fatal = False
         self._last_words = ""
         self._log = structlog.get_logger("headrace.supervisor").bind(child=name)
@@ -96,7 +96,10 @@ class Child:
     async def keep(self) -> None:
         """Have a process running until `retire`. Raises `ModelError` if it never becomes ready and won't."""
         try:
-            while not self._retired.is_set():
+            while True:
+                await self._may_start()
+                if self._retired.is_set():
+                    return
                 code = await self._live()
                 if self._retired.is_set():
                     return
@@ -113,10 +116,11 @@ class Child:
         self._retired.set()
         self._become("stopping", "The server is stopping.")
 
-    def kill(self) -> None:
-        """End the living process, now."""
+    def kill(self, why: str = "") -> None:
+        """End the living process, now; `why` if it is because it hangs."""
         process = self._process
         if process is not None and process.returncode is None:
+            self._verdict = self._verdict or why
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
@@ -124,14 +128,27 @@ class Child:
         """Resident memory of the living process; None if it is gone, or where there is no /proc."""
         return memory_mib(self.pid)
 
+    async def _may_start(self) -> None:
+        """Returns when the next process may be started, or none will be."""
+
+    def _first_message(self) -> Setup:
+        return self._setup()
+
+    def _pass_on(self) -> None:
+        """Called when a process has died, before that is said to anybody."""
+
+    def _progressed(self) -> bool:
+        """Whether the process that died did something useful."""
+        return self._ready_since is not None and time.monotonic() - self._ready_since >= STEADY
+
     async def _live(self) -> int:
         """One process, from start to end. Its exit status."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         silent = asyncio.Event()
         connection = FrameConnection[ToSupervisor](ToSupervisor, self._hear, silent.set)
-        self._ready_since = self._first_stats = None
-        self._last_words, self._fatal = "", False
+        self._ready_since = None
+        self._last_words, self._verdict, self._fatal = "", "", False
         self.stats = EngineStats()
         try:
             with theirs:
@@ -150,7 +167,7 @@ class Child:
             raise
         await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
         self._connection = connection
-        connection.send(self._setup())
+        connection.send(self._first_message())
         if self._retired.is_set():
             self.kill()
         self._changed(self)
@@ -167,29 +184,27 @@ class Child:
         if isinstance(message, Alive):
             if message.stats is not None:
                 self.stats = message.stats
-            if message.state == "ready":
+            if message.state in ("ready", "standby"):
                 if self._ready_since is None:
                     self._ready_since = time.monotonic()
-                    self._first_stats = message.stats
                     self.started.set()
                 if not self._retired.is_set():
-                    self._become("ready", "")
+                    self._become(message.state, "")
             elif message.state == "failed":
                 self._fatal = message.fatal
                 self._last_words = message.reason
         self._received(self, message)
 
     def _note_death(self, code: int) -> None:
-        progressed = self._ready_since is not None and (
-            time.monotonic() - self._ready_since >= STEADY or (self._first_stats is not None and self.stats.steps > self._first_stats.steps)
-        )
-        self._failures = 1 if progressed else self._failures + 1
-        why = self._last_words or f"The process {describe_exit(code)}."
+        self._failures = 1 if self._progressed() else self._failures + 1
+        self.cause = "stalled" if self._verdict else "killed" if code < 0 else "exited"
+        why = self._verdict or self._last_words or f"The process {describe_exit(code)}."
         self._log.error("process ended", child_pid=self._process.pid if self._process else 0, why=why, failures=self._failures)
         never = not self.started.is_set()
         if self._essential and never and (self._fatal or self._failures >= FIRST_STARTS):
             raise ModelError(why if self._fatal else f"The {self.name} could not be started; it was tried {self._failures} times. {why}")
-        state: EngineState = "failed" if self._failures >= HOPELESS or (never and self._fatal) else "starting"
+        self._pass_on()
+        state: EngineState = "failed" if never and self._fatal else "starting"
         self._become(state, f"{why} It is being started again.")
 
     def _pause(self) -> float:

@@ -156,6 +156,18 @@ class ModelSection(Section):
     name: str | None = Field(None, min_length=1, max_length=128, description="Name the model is served under, besides its own")
     context: int | None = Field(None, ge=16, description="Most tokens of prompt and completion together; default is the model's own")
     weights: Literal["auto", "int4", "int8", "full"] = Field("auto", description="Precision when a Transformers folder is converted")
+    engine: Literal["auto", "openvino", "transformers"] = Field(
+        "auto", description="What runs the model; auto chooses by its format, the hardware and what is installed (docs/engines.md)"
+    )
+    quantize: Literal["int8", "int4", "nf4"] | None = Field(
+        None, description="Quantize weights while the transformers engine loads them; nf4 on CUDA only"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type that the transformers engine computes in; auto is what the device multiplies best"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="Where the transformers engine runs: auto, cpu, cuda, cuda:N or mps"
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that a model ships; never settable by a request")
     cache_dir: Path = Field(
         Path("~/.cache/headrace"), description="Folder for models and converted files (environment also: HEADRACE_CACHE)"
@@ -170,6 +182,9 @@ class EngineSection(Section):
     """The scheduler and its memory."""
 
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; default is one a core")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of each GPU's memory that weights, keys and values and computing may take together"
+    )
     kv_cache_gib: float | None = Field(None, gt=0, description="Memory for keys and values; default from free memory")
     max_sequences: int = Field(64, ge=1, le=1024, description="Most sequences in one batch")
     step_tokens: int = Field(512, ge=16, le=65536, description="Most tokens in one step; longer prompts go in chunks")
@@ -299,6 +314,25 @@ class OverloadSection(Section):
     )
 
 
+class TraceSection(Section):
+    """OpenTelemetry traces. Off unless otel_endpoint is set; needs headrace[otel]."""
+
+    otel_endpoint: str | None = Field(
+        None,
+        description="Where traces go, by OTLP over HTTP, such as http://localhost:4318 (environment also: OTEL_EXPORTER_OTLP_ENDPOINT)",
+    )
+    otel_service_name: str = Field(
+        "headrace", min_length=1, description="The service's name in traces (environment also: OTEL_SERVICE_NAME)"
+    )
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _is_a_collector(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+            raise ValueError(f"{url!r} is not a URL such as http://localhost:4318 (OTLP over HTTP, not gRPC)")
+        return url
+
+
 class AlertSection(Section):
     """When the server calls for somebody. Alerts are in the log, and sent to a webhook if there is one."""
 
@@ -340,6 +374,7 @@ class Config(Section):
     cache: CacheSection = CacheSection()
     resilience: ResilienceSection = ResilienceSection()
     overload: OverloadSection = OverloadSection()
+    trace: TraceSection = TraceSection()
     alerts: AlertSection = AlertSection()
     log: LogSection = LogSection()
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -21,8 +22,9 @@ from typing import Any
 import structlog
 
 from headrace import __version__, logs
-from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, listen_privately, private_folder, url_of
+from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, let_nobody_in, listen_privately, private_folder, url_of
 from headrace.alerts import Alerts
+from headrace.api_processes import ApiProcesses
 from headrace.children import Child, listing, memory_mib
 from headrace.circuits import CircuitTable
 from headrace.claims import Ask, Settle
@@ -31,14 +33,16 @@ from headrace.control import (
     AskLimits,
     AskProbe,
     AskProcesses,
+    AskReload,
     BudgetSeen,
     CircuitCalls,
-    Drain,
     EngineChanged,
     ErrorsNoted,
     LimitsAnswer,
     ProbeEnded,
     Processes,
+    Quiet,
+    Reloaded,
     RequestsEnded,
     Setup,
     Stop,
@@ -48,10 +52,12 @@ from headrace.control import (
 )
 from headrace.engine_places import EnginePlace, can_stand_by, check_standby
 from headrace.error_tracking import ErrorTracker
+from headrace.errors import ConfigError, ModelError
 from headrace.lineup import Member, lineup
 from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
+from headrace.reload import changes, usable
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder
 from headrace.stores.database import Database
@@ -64,6 +70,7 @@ from headrace.stores.opening import prepare_stores
 from headrace.stores.recovery import Recovery
 from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import check_tls
+from headrace.tracing import check_tracing
 from headrace.types import UsageRow
 
 RECOVERY_TIMEOUT = 20.0
@@ -75,9 +82,12 @@ ERRORS_TIMEOUT = 2.0
 """Seconds at the end for what is still to be written into the error book."""
 
 
-def serve(config: Config) -> int:
-    """Serve until a signal says stop; the exit status. Raises `ConfigError` and `ModelError` where the start is refused."""
-    started_at = time.monotonic()
+def serve(config: Config, reread: Callable[[], Config] | None = None) -> int:
+    """Serve until a signal says stop; the exit status. Raises `ConfigError` and `ModelError` where the start is refused.
+
+    `reread` reads the configuration's sources again, for a reload; it raises `ConfigError`.
+    """
+    started_at, read = time.monotonic(), config
     logs.configure(config.log, "supervisor")
     with bind(config.server, config.access) as bound:
         config = config.model_copy(update={"access": config.access.model_copy(update={"auth": auth_at(bound, config.access)})})
@@ -86,6 +96,7 @@ def serve(config: Config) -> int:
             with ThreadPoolExecutor(1) as aside:
                 prepared = aside.submit(asyncio.run, prepare_stores(config.store))
                 tls = check_tls(config.tls)
+                check_tracing(config.trace)
                 if config.cache.response_cache == "on":
                     second_level(config)
                 # A pattern that can't be used stops the start here, not each API process.
@@ -99,7 +110,7 @@ def serve(config: Config) -> int:
             signal.signal(signal.SIGTERM, before)
         folder = private_folder()
         try:
-            return asyncio.run(Supervisor(config, members, bound, folder, started_at, tls=tls).run())
+            return asyncio.run(Supervisor(config, members, bound, folder, started_at, tls=tls, read=read, reread=reread).run())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,13 +119,37 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
+def _has_terminal() -> bool:
+    """Whether this process belongs to a terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 class Supervisor:
     """The children of one server: an engine worker for each model, and API processes that share them."""
 
     def __init__(
-        self, config: Config, members: list[Member], bound: socket.socket, folder: Path, started_at: float, *, tls: bool = False
+        self,
+        config: Config,
+        members: list[Member],
+        bound: socket.socket,
+        folder: Path,
+        started_at: float,
+        *,
+        tls: bool = False,
+        read: Config | None = None,
+        reread: Callable[[], Config] | None = None,
     ) -> None:
         self._config = config
+        self._members = members
+        self._read = config if read is None else read
+        """The configuration as its sources say it."""
+        self._reread = reread
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
         self._files = members[0].files
         """Of the default model."""
         self._models = [member.files for member in members]
@@ -132,21 +167,9 @@ class Supervisor:
         self._workers = [self._worker(number, member, 1 / max(1, local), folder) for number, member in enumerate(members)]
         self._figures = folder / "figures"
         self._figures.mkdir()
-        # Where the API processes add up what each has counted; prometheus_client reads the variable.
-        shared = {"PROMETHEUS_MULTIPROC_DIR": str(self._figures)} if config.server.max_workers > 1 else {}
-        self._apis = [
-            Child(
-                "headrace.app",
-                "API process",
-                listening=bound,
-                setup=lambda: Setup(config_to_json(config), self._models, [str(path) for path in self._sockets], self._started_at),
-                received=self._hear,
-                changed=self._api_changed,
-                died=self._api_died,
-                environment=shared,
-            )
-            for _ in range(config.server.max_workers)
-        ]
+        self._apis = ApiProcesses(
+            bound, self._figures, setup=self._api_setup, received=self._hear, changed=self._api_changed, died=self._api_died
+        )
         self._database = Database(database_url(config.store))
         self._errors = ErrorWriter(SqlErrors(self._database))
         self._alerts = Alerts(
@@ -179,26 +202,28 @@ class Supervisor:
         recovering = asyncio.create_task(self._recover(), name="recovery")
         alerting = asyncio.create_task(self._alerts.run(), name="alerts")
         booking = asyncio.create_task(self._errors.run(), name="error book")
-        children = [*self._workers, *self._apis]
-        keepers = [asyncio.create_task(child.keep(), name=child.name) for child in children]
+        keepers = [asyncio.create_task(worker.keep(), name=worker.name) for worker in self._workers]
+        self._apis.begin(self._config)
         announcer = asyncio.create_task(self._announce())
         signalled = asyncio.create_task(self._signalled.wait())
         try:
-            done, _ = await asyncio.wait([*keepers, signalled], return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [*keepers, self._apis.broken, signalled]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if signalled not in done:
-                for keeper in keepers:
-                    if keeper in done:
-                        keeper.result()
+                for end in ends:
+                    if end in done:
+                        end.result()
             await self._stop()
             if self._recovery is not None:
                 await self._recovery.once(END_TIMEOUT)
         finally:
-            for child in children:
-                child.retire()
-                child.kill()
-            for task in (announcer, signalled, recovering, booking, *keepers):
+            await self._apis.kill()
+            for worker in self._workers:
+                worker.retire()
+                worker.kill()
+            for task in (announcer, signalled, recovering, alerting, booking, *keepers):
                 task.cancel()
-            await asyncio.gather(announcer, signalled, recovering, booking, *keepers, return_exceptions=True)
+            await asyncio.gather(announcer, signalled, recovering, alerting, booking, *keepers, return_exceptions=True)
             tracker.flush()
             await self._errors.finish(ERRORS_TIMEOUT)
             for listening in self._engines_listening:
@@ -231,18 +256,26 @@ class Supervisor:
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-                loop.add_signal_handler(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup, _has_terminal())
 
     def _on_signal(self) -> None:
         self._signals += 1
         self._signalled.set()
         self._signalled = asyncio.Event()
 
+    def _on_hangup(self, had_terminal: bool) -> None:
+        if had_terminal and not _has_terminal():
+            # It is what it says: the window was closed.
+            self._on_signal()
+        else:
+            self._reload_for(None)
+
     async def _announce(self) -> None:
-        for child in (self._workers[0], *self._apis):
-            await child.started.wait()
+        for started in (self._workers[0].started, *(api.started for api in self._apis.current)):
+            await started.wait()
         url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
         name = self._files.aliases[0] if self._files.aliases else self._files.name
@@ -256,6 +289,53 @@ class Supervisor:
                 self._log.info("note", note=note)
             self._log.info("ready", url=url, model=name, seconds=round(seconds, 2))
 
+    def _api_setup(self, config: Config) -> Setup:
+        return Setup(config_to_json(config), self._models, [str(path) for path in self._sockets], self._started_at)
+
+    # A new configuration
+
+    async def reload(self) -> list[str]:
+        """Read the sources again and put API processes with the new configuration in the places of the old; the settings that differ.
+
+        Raises `ConfigError` and `ModelError` where it isn't taken; then everything is as it was.
+        """
+        async with self._reloading:
+            if self._reread is None:
+                raise ConfigError("This server's configuration has no sources that could be read again.")
+            read = await asyncio.to_thread(self._reread)
+            changed = changes(self._read, read)
+            config = await asyncio.to_thread(usable, self._read, read, self._bound, self._members)
+            await self._apis.replace(config, lambda: self._adopt(config, read))
+            return changed
+
+    def _adopt(self, config: Config, read: Config) -> None:
+        self._config, self._read = config, read
+        self._circuits.judge_by(BreakerRules.of(config.resilience))
+        if self._recovery is not None:
+            self._recovery.price_by(Prices(config.ledger))
+
+    def _reload_for(self, asker: Child | None, number: int = 0) -> None:
+        """For an API process that was asked to, or for a signal."""
+        task = asyncio.create_task(self._reload_and_tell(asker, number), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload_and_tell(self, asker: Child | None, number: int) -> None:
+        refused, changed = "", list[str]()
+        try:
+            changed = await self.reload()
+        except (ConfigError, ModelError) as error:
+            refused = error.message
+            self._log.error("configuration refused", reason=refused, kept="the old one stays in force")
+        except asyncio.CancelledError:
+            refused = "The server is stopping."
+            raise
+        else:
+            self._log.info("configuration reloaded", changed=changed)
+        finally:
+            if asker is not None:
+                asker.tell(Reloaded(number, changed, refused))
+
     # Between
 
     def _hear(self, child: Child, message: ToSupervisor) -> None:
@@ -268,14 +348,17 @@ class Supervisor:
                 child.tell(answer)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
+        elif isinstance(message, Quiet):
+            self._apis.is_quiet(child)
+        elif isinstance(message, AskReload):
+            self._reload_for(child, message.number)
         elif isinstance(message, RequestsEnded | BudgetSeen):
             self._alerts.hear(message)
         elif isinstance(message, ErrorsNoted):
             self._errors.add(message.errors)
 
     def _tell_apis(self, message: ToChild) -> None:
-        for api in self._apis:
-            api.tell(message)
+        self._apis.tell(message)
 
     def _api_changed(self, api: Child) -> None:
         for files, worker in zip(self._models, self._workers, strict=True):
@@ -308,9 +391,10 @@ class Supervisor:
         open_circuits = {standing.model for standing in self._circuits.standing() if standing.state != "closed"}
         said: list[tuple[str, str | None]] = []
         for files, worker in zip(self._models, self._workers, strict=True):
-            down = worker.state == "failed" or (worker.state == "starting" and worker.started.is_set())
-            reason = worker.reason if down else None
-            if reason is None and files.name in open_circuits and worker.state == "ready":
+            status = worker.status
+            down = status.state == "failed" or (status.state == "starting" and worker.started.is_set())
+            reason = status.reason if down else None
+            if files.name in open_circuits and status.state == "ready":
                 reason = "Its requests failed too often of late, and its circuit breaker keeps them away from it."
             said.append((files.aliases[0] if files.aliases else files.name, reason))
         return said
@@ -334,18 +418,10 @@ class Supervisor:
         """Let running requests finish, then end the API processes, then the worker. Each further signal makes it hastier."""
         timeout = self._config.server.drain_timeout
         self._log.info("stopping", drain_timeout=timeout)
-        self._bound.close()
-        for api in self._apis:
-            api.retire()
-            api.tell(Drain(timeout))
-        ended = asyncio.gather(*(api.ended.wait() for api in self._apis))
-        if not await self._within(ended, timeout + END_TIMEOUT):
-            for api in self._apis:
-                api.tell(Drain(0))
-            await self._within(ended, END_TIMEOUT)
-        ended.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ended
+        for reload in self._reloads:
+            reload.cancel()
+        await asyncio.gather(*self._reloads, return_exceptions=True)
+        await self._apis.stop(timeout, END_TIMEOUT, self._within, self._close_door)
         for worker in self._workers:
             worker.retire()
             worker.tell(Stop())
@@ -355,6 +431,10 @@ class Supervisor:
         gone.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await gone
+
+    def _close_door(self) -> None:
+        let_nobody_in(self._bound)
+        self._bound.close()
 
     async def _within(self, done: asyncio.Future[Any], seconds: float) -> bool:
         """Wait until it is done, the time is over, or another signal comes; whether it is done."""

@@ -7,17 +7,25 @@ unless a name says bytes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "content_filter", "cancelled", "error"]
 """Why a choice ended: `stop` (end of text or a stop sequence), `length` (max_tokens or the context) or `content_filter`;
 `cancelled` and `error` never reach a client as a finish reason, they only reach the log."""
+
+
+Priority = Literal["sheddable", "default", "critical"]
+PRIORITIES: tuple[Priority, ...] = ("sheddable", "default", "critical")
+"""From what is refused first to what is refused last."""
+PATIENT, PROMPT = 0, 1
+"""Requests that came while others kept within the target the wait for a first token, and those that keep within it themselves."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -89,6 +97,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Only for engines with the capability `messages`, which template by themselves."""
     text: str | None = None
     """Only for engines with the capability `messages`: a completion's prompt as text."""
+    priority: Priority = "default"
+    """Who is refused first where there is too much to do, and who goes first."""
+    rank: int = 3
+    """Of those that wait the highest goes first. The worker's admission sets it (`waiting.rank_of`); 3 is `default` and `PROMPT`."""
     resume: Resume | None = None
     """Only for engines with the capability `resume`: the request goes on from here. Its events continue where those of the dead
     engine ended, and its `Report` is of the whole request."""
@@ -179,6 +191,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     preemptions: int = 0
+    predicted_wait: float = 0.0
+    """Seconds to the first token of a short request, if it came now; only where a worker's admission says so."""
+    refused: int = 0
+    """Requests that admission did not let in, or put out again."""
     guessed_tokens: int = 0
     """Computed on the guess that they come next."""
     right_tokens: int = 0
@@ -207,14 +223,30 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How often it was replaced, by why: killed by a signal (which includes the system's, when memory is out), stalled, or exited by itself."""
 
 
+class StoredTensor(NamedTuple):
+    """A tensor as a weights file's header lists it."""
+
+    name: str
+    dtype: str
+    """As safetensors writes it: `BF16`, `F32`, `I8`, …"""
+    shape: tuple[int, ...]
+    size: int
+    """Bytes in the file."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """A model ready to be loaded: everything about it is on this machine, or behind `url`."""
 
     name: str
-    kind: Literal["openvino", "echo", "remote"]
+    kind: Literal["openvino", "transformers", "echo", "remote"]
     aliases: tuple[str, ...] = ()
     folder: str = ""
-    """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs."""
+    """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs. For `transformers`: `config.json`
+    and `*.safetensors`, or a GGUF file, with the same."""
     url: str = ""
     """For `remote`: the base URL, ending in `/v1` as a rule."""
     options: dict[str, str] = {}
@@ -327,6 +359,8 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     revoked_at: float | None = None
     all_tenants: bool = False
     """With scope `admin`: administers every tenant, not only its own."""
+    priority: Priority = "default"
+    """The highest that its requests may have; those that ask for more get this."""
 
 
 class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -523,6 +557,9 @@ class Call:
     """The client's address, after trusted proxies."""
     key_required: bool = False
     timeout: float | None = None
+    """Seconds that the caller gives it; None leaves it to the server."""
+    priority: Priority = "default"
+    """As asked for, and from when the caller is known no higher than it may be."""
     started_at: float = field(default_factory=time.monotonic)
 
     tenant: int = 0

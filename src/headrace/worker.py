@@ -18,6 +18,7 @@ import uvloop
 from headrace import logs
 from headrace.config import Config, EngineSection
 from headrace.control import Alive, Beginning, ErrorsNoted, Promote, Stop, ToChild, begin
+from headrace.engine.admission import Admission
 from headrace.engine.echo import EchoEngine
 from headrace.engine.frames import FrameConnection
 from headrace.engine.pulse import Pulse
@@ -87,6 +88,12 @@ def build_engine(
     )
 
 
+def admission_for(files: ModelFiles, config: Config) -> Admission:
+    """Who may wait for this engine. An upstream's batch is its own matter; ours is as large as it is configured."""
+    ours = files.kind in ("openvino", "echo")
+    return Admission(config.overload, slots=min(config.engine.max_sequences, config.engine.step_tokens - 1) if ours else 0)
+
+
 def load_runner(
     files: ModelFiles, section: EngineSection, memory_share: float = 1.0, *, kv_blocks: int = 0, beside_standby: bool = False
 ) -> Runner:
@@ -148,12 +155,10 @@ async def _run(beginning: Beginning) -> None:
     )
     logs.watch(tracker.watch_log)
     try:
-        engine = build_engine(
-            files, beginning.config, setup.memory_share, kv_blocks=setup.kv_blocks, beside_standby=setup.beside_standby
-        )
+        engine = build_engine(files, beginning.config, setup.memory_share, kv_blocks=setup.kv_blocks, beside_standby=setup.beside_standby)
         if isinstance(engine, ShowsPulse):
             engine.pulse = pulse
-        server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots)
+        server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots, admission=admission_for(files, beginning.config))
         accepting = asyncio.create_task(_accept(server, beginning.listening, promoted), name="accept")
         starting = asyncio.create_task(engine.start())
         await asyncio.wait((starting, asyncio.create_task(stopping.wait())), return_when=asyncio.FIRST_COMPLETED)

@@ -22,11 +22,12 @@ def block_count(
     kv_bytes: int | None = None,
     free_bytes: int | None = None,
     memory_share: float = 1.0,
+    kept_bytes: int = 0,
 ) -> int:
     """Blocks to allocate, each of `block_size` tokens and `block_bytes` bytes over all layers.
 
-    `memory_share` of the memory is for this model, where several are served.
-    With `kv_bytes` as many as fit in it; without, `SHARE` of the free memory (`free_bytes`, by default what
+    `memory_share` of the memory is for this model, where several are served; `kept_bytes` of what is free are left to others.
+    With `kv_bytes` as many as fit in it; without, `share` of the free memory (`free_bytes`, by default what
     `free_memory` finds). Never more than `max_sequences` full contexts need. Raises `ModelError` where not even one
     full context fits.
     """
@@ -36,8 +37,8 @@ def block_count(
         source = f"kv_cache_gib gives {budget / _MIB:,.0f} MiB" + (" to this model" if memory_share < 1 else "")
         remedy = "raise kv_cache_gib or lower the context (--context)"
     else:
-        free = free_memory() if free_bytes is None else free_bytes
-        share = SHARE * memory_share
+        free = max(0, (free_memory() if free_bytes is None else free_bytes) - kept_bytes)
+        share *= memory_share
         budget = int(free * share)
         source = f"{share:.0%} of the {free / _MIB:,.0f} MiB that are free are {budget / _MIB:,.0f} MiB"
         remedy = "free memory, lower the context (--context), or set kv_cache_gib if you know better"
@@ -48,6 +49,16 @@ def block_count(
             f"{one * block_bytes / _MIB:,.0f} MiB in all, but {source}: {remedy}."
         )
     return count
+
+
+def resident_memory(proc: Path = Path("/proc")) -> int:
+    """Bytes that this process has in memory; 0 where the system doesn't say."""
+    import os
+
+    try:
+        return int((proc / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.engine.kv_budget import block_count
+from headrace.engine.kv_budget import block_count, resident_memory
 from headrace.engine.paged_graph import CACHES, ROWS_INPUT, page
 from headrace.errors import ModelError, RequestFailed
 from headrace.ports import ForwardBatch
@@ -27,9 +27,9 @@ class OpenVinoRunner:
     """Runs the model in `folder` (`openvino_model.xml` and `.bin`) over `num_blocks` KV blocks.
 
     Without `num_blocks`, `kv_budget` finds the number from `kv_bytes` or from free memory, for `max_sequences` of
-    `context_length` tokens; `memory_share` of it is for this model, where several share the machine. `threads` None is
-    one a core. `precision` "f32" computes and keeps keys and values in
-    float32, for comparisons; "auto" takes what is fastest on the machine: bfloat16 where it has it, activations
+    `context_length` tokens; `memory_share` of it is for this model, where several share the machine, and as much as this
+    process has taken is left free where it is `beside_another` like it, still to be loaded. `threads` None is
+    one a core. `precision` "f32" computes and keeps keys and values in float32, for comparisons; "auto" takes what is fastest on the machine: bfloat16 where it has it, activations
     quantized to 8 bits on the fly where weights are, 8-bit keys and values.
 
     `deterministic` runs each sequence by itself, so that a distribution depends on nothing else in the batch: matrix
@@ -48,6 +48,7 @@ class OpenVinoRunner:
         max_sequences: int,
         threads: int | None,
         memory_share: float = 1.0,
+        beside_another: bool = False,
         deterministic: bool = False,
         precision: Precision = "auto",
     ) -> None:
@@ -58,12 +59,14 @@ class OpenVinoRunner:
         self._max_sequences = max_sequences
         self._threads = threads
         self._memory_share = memory_share
+        self._beside_another = beside_another
         self._deterministic = deterministic
         self._precision = precision
         self._block_size = 0
         self._vocab_size = 0
         self._block_bytes = 0
         self._numerics = ""
+        self._rewinds = False
         self._request: Any = None
         self._caches: list[NDArray[np.uint8]] = []
         self._steps = 0
@@ -112,6 +115,8 @@ class OpenVinoRunner:
         caches = [port for port in compiled.inputs if port.get_any_name().startswith(CACHES)]
         shapes = [[dim.get_length() for dim in list(port.get_partial_shape())[1:]] for port in caches]
         bits = [port.get_element_type().bitwidth for port in caches]
+        # Quantized keys share their scales within a block: every token written there changes what the others are read as.
+        self._rewinds = min(bits) >= 16
         sizes = [int(np.prod(shape)) * width // 8 for shape, width in zip(shapes, bits, strict=True)]
         self._block_bytes = sum(sizes)
         # Values lie as [heads, tokens, channels]; a quantized key block has further rows for its scales.
@@ -124,6 +129,7 @@ class OpenVinoRunner:
                 max_sequences=self._max_sequences,
                 kv_bytes=self._kv_bytes,
                 memory_share=self._memory_share,
+                kept_bytes=resident_memory() if self._beside_another else 0,
             )
         for port, shape, size in zip(caches, shapes, sizes, strict=True):
             # Zeroes from the system: no block holds what another process or a former sequence left, and pages that are
@@ -146,6 +152,11 @@ class OpenVinoRunner:
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def rewinds(self) -> bool:
+        """False also where each sequence is computed by itself: guesses save nothing there."""
+        return self._rewinds and not self._deterministic
 
     @property
     def block_bytes(self) -> int:
