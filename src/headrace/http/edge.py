@@ -101,6 +101,8 @@ class Edge:
             await problem_answer(unexpected(), openai=exchange.openai)(scope, receive, send_with_ours)
         finally:
             self._close(exchange)
+            # The server's `send` knows the scope, and the scope this exchange: a cycle of all that belongs to the request.
+            exchange.send = None
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

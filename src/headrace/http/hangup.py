@@ -39,6 +39,8 @@ class Watch:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._watcher.cancel()
+        # The cancellation's traceback leads back here: a cycle of all that belongs to the request, for the garbage collector to find.
+        del self._watcher
         if not self._gone:
             return
         if not isinstance(error, asyncio.CancelledError):
