@@ -42,6 +42,7 @@ from headrace.control import (
     ProbeAnswer,
     ProbeEnded,
     Processes,
+    Quarantine,
     Quiet,
     Reloaded,
     RequestsEnded,
@@ -65,6 +66,7 @@ from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.prices import Prices
+from headrace.policies.trace import Trace
 from headrace.ports import Ledger, Meters
 from headrace.served import ServedModel, ServedModels
 from headrace.stores.bookkeeper import Bookkeeper
@@ -76,6 +78,7 @@ from headrace.stores.limits_open import open_limits
 from headrace.stores.opening import open_stores
 from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import ServerTls
+from headrace.tracing import Tracing
 from headrace.types import EngineCard, EngineStatus, ModelFiles
 
 FAREWELL = 2.0
@@ -83,6 +86,8 @@ FAREWELL = 2.0
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open; longer than clients' pools keep theirs, so that none closes under a request."""
 PS_TIMEOUT = 2.0
+TRACES_TIMEOUT = 2.0
+"""Seconds at the end for spans that are still to be sent."""
 REQUESTS_TOLD = 1.0
 """Seconds between reports of requests to the supervisor, which is for alerts."""
 CERTIFICATE_INTERVAL = 1.0
@@ -197,6 +202,8 @@ class SupervisorLink:
             self._probe_answered(message)
         elif isinstance(message, EngineChanged):
             self._engine_changed(message.model, message.status)
+        elif isinstance(message, Quarantine):
+            self._models[message.model][1].quarantine(message.fingerprint, message.until)
         elif isinstance(message, Processes):
             asked = self._asked.get(message.number)
             if asked is not None and not asked.done():
@@ -288,7 +295,7 @@ async def _run(beginning: Beginning) -> None:
         ledger = SqlLedger(database) if config.ledger.ledger == "on" else None
         books = None if ledger is None else open_books(ledger, config)
         for files, path in zip(setup.models, setup.sockets, strict=True):
-            models[files.name] = _serve_model(files, path, link, books)
+            models[files.name] = _serve_model(files, path, link, books, config.resilience.quarantine_seconds)
         limits = open_limits(config.limits.limits_url, SupervisorsLimits(link), ledger=ledger, processes=config.server.max_workers)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
@@ -310,11 +317,20 @@ async def _run(beginning: Beginning) -> None:
     keys = SqlKeys(database)
     callers = Callers(config.access, keys, pepper)
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
+    tracing = None if config.trace.otel_endpoint is None else Tracing(config.trace)
     app = create_api(
         config,
         served,
         Journey.standard(
-            config, served, callers=callers, answers=cache, limits=limits, claimants=claimants, books=books, circuits=circuits
+            config,
+            served,
+            callers=callers,
+            answers=cache,
+            limits=limits,
+            claimants=claimants,
+            books=books,
+            circuits=circuits,
+            trace=None if tracing is None else Trace(tracing.tracer, served),
         ),
         control=link,
         callers=callers,
@@ -354,6 +370,7 @@ async def _run(beginning: Beginning) -> None:
     gc.set_threshold(20_000, 20, 20)
     link.connection.send(Alive("ready"))
     await serving
+    traced = None if tracing is None else asyncio.create_task(tracing.close(TRACES_TIMEOUT))
     if books is not None:
         await books.close_books()
     await limits.close()
@@ -361,6 +378,8 @@ async def _run(beginning: Beginning) -> None:
         await cache.close()
     for _, client in models.values():
         await client.close()
+    if traced is not None:
+        await traced
     tracker.flush()
     os._exit(0)
 
@@ -402,12 +421,16 @@ def open_books(ledger: Ledger, config: Config) -> Bookkeeper:
         raise ConfigError(f"{folder} can't be used: {error.strerror or error}. Bills are kept there while the database is away.") from error
 
 
-def _serve_model(files: ModelFiles, path: str, link: SupervisorLink, meters: Meters | None) -> tuple[ServedModel, EngineClient]:
+def _serve_model(
+    files: ModelFiles, path: str, link: SupervisorLink, meters: Meters | None, quarantine_seconds: float
+) -> tuple[ServedModel, EngineClient]:
     client = EngineClient(
         path,
         on_ready=lambda card: link.engine_ready(files.name, card),
         on_lost=lambda: link.engine_lost(files.name),
         meters=meters,
+        quarantine_seconds=quarantine_seconds,
+        on_quarantine=lambda print_, until: link.connection.send(Quarantine(files.name, print_, until)),
     )
     if files.kind == "remote":
         return ServedModel(files, client), client

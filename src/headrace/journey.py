@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from hashlib import sha256
 
 from headrace.config import Config
+from headrace.policies.admit import Admit
 from headrace.policies.ask_engine import AskEngine
 from headrace.policies.authorize import Authorize
 from headrace.policies.cache import ResponseCache
@@ -52,13 +53,15 @@ class Journey:
         claimants: Claimants | None = None,
         books: Books | None = None,
         circuits: Mapping[str, Circuit] | None = None,
+        trace: Step | None = None,
     ) -> Journey:
         """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
         without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed; without
         `circuits` no engine is left alone."""
         resilience = config.resilience
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
-        steps: list[Step] = [Identify(callers or Callers(config.access))]
+        steps: list[Step] = [] if trace is None else [trace]
+        steps.append(Identify(callers or Callers(config.access)))
         if limits is not None:
             steps.append(LimitRequests(claimants, limits))
         steps += filter_steps(config.filters, models=models)
@@ -71,6 +74,7 @@ class Journey:
             attempt.append(cache)
         if resilience.degrade_queue is not None:
             attempt.append(Degrade(models, resilience, prepare))
+        attempt.append(Admit(models))
         if limits is not None:
             attempt.append(Reserve(claimants, limits))
         if books is not None:

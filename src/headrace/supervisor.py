@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from headrace import __version__, logs
+from headrace import __version__, logs, quarantine
 from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, let_nobody_in, listen_privately, private_folder, url_of
 from headrace.alerts import Alerts
 from headrace.api_processes import ApiProcesses
@@ -41,6 +41,7 @@ from headrace.control import (
     LimitsAnswer,
     ProbeEnded,
     Processes,
+    Quarantine,
     Quiet,
     Reloaded,
     RequestsEnded,
@@ -162,6 +163,7 @@ class Supervisor:
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
         self._signals = 0
         self._signalled = asyncio.Event()
+        self._quarantined = {files.name: quarantine.Quarantine() for files in self._models}
         self._circuits = CircuitTable([files.name for files in self._models], BreakerRules.of(config.resilience), self._tell_apis)
         local = sum(files.kind == "openvino" for files in self._models)
         self._workers = [self._worker(number, member, 1 / max(1, local), folder) for number, member in enumerate(members)]
@@ -346,6 +348,9 @@ class Supervisor:
             answer = self._circuits.hear(message, child.pid)
             if answer is not None:
                 child.tell(answer)
+        elif isinstance(message, Quarantine):
+            if self._quarantined[message.model].add(message.fingerprint, message.until):
+                self._tell_apis(message)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
         elif isinstance(message, Quiet):
@@ -365,6 +370,9 @@ class Supervisor:
             api.tell(EngineChanged(files.name, worker.status))
         for standing in self._circuits.standing():
             api.tell(standing)
+        for model, quarantined in self._quarantined.items():
+            for print_, until in quarantined.standing():
+                api.tell(Quarantine(model, print_, until))
 
     def _api_died(self, pid: int) -> None:
         self._limits.lapse(pid)

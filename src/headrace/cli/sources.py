@@ -35,8 +35,10 @@ _FURTHER_NAMES: dict[str, tuple[str, ...]] = {
     "max_workers": ("MAX_WORKERS",),
     "log_level": ("LOG_LEVEL",),
     "cache_dir": ("HEADRACE_CACHE",),
+    "otel_endpoint": ("OTEL_EXPORTER_OTLP_ENDPOINT",),
+    "otel_service_name": ("OTEL_SERVICE_NAME",),
 }
-"""Environment names besides HEADRACE_<FIELD>, strongest first. Those without prefix are the tutorial's."""
+"""Environment names besides HEADRACE_<FIELD>, strongest first. Those without prefix are the tutorial's and OpenTelemetry's."""
 
 _LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug", "notset": "debug"}
 """Levels that other programs know, for a shared LOG_LEVEL: the nearest of ours."""

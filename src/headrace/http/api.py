@@ -37,6 +37,7 @@ from headrace.http.request_tally import RequestTally
 from headrace.http.route import Endpoint, ExactRoutes, Route
 from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
+from headrace.http.trace_context import TraceContext
 from headrace.http.usage import UsageRoutes
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
@@ -100,6 +101,8 @@ def create_api(
     # The last added is the outermost.
     app.add_middleware(ExactRoutes, routes=[route for route in app.routes if isinstance(route, Route)])
     app.add_middleware(Compress)
+    if config.trace.otel_endpoint is not None:
+        app.add_middleware(TraceContext)
     if config.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,
