@@ -70,9 +70,11 @@ class Driven:
         step_tokens: int = 16,
         prefix_cache: bool = True,
         context_length: int = 200,
+        memory: int = 0,
+        prompt_lookup: bool = True,
     ) -> None:
         self.now = 0.0
-        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
+        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, memory=memory)
         self.stepper = Stepper(
             self.runner,
             LetterTokenizer(),
@@ -80,6 +82,7 @@ class Driven:
             max_sequences=max_sequences,
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
+            prompt_lookup=prompt_lookup,
             clock=lambda: self.now,
         )
         self.answers: dict[str, Answer] = {}

@@ -39,18 +39,22 @@ def next_logits(history: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float3
     return logits
 
 
-def greedy(prompt: Sequence[int], count: int, *, ignore_eos: bool = True) -> list[int]:
+def greedy(prompt: Sequence[int], count: int, *, ignore_eos: bool = True, memory: int = 0) -> list[int]:
     """What a greedy completion of `prompt` must be."""
     history = list(prompt)
     while len(history) < len(prompt) + count:
-        history.append(int(np.argmax(next_logits(history))))
+        history.append(int(np.argmax(next_logits(history[-memory:]))))
         if history[-1] == EOS and not ignore_eos:
             break
     return history[len(prompt) :]
 
 
 class FakeRunner:
-    def __init__(self, *, num_blocks: int = 64, block_size: int = 4) -> None:
+    """`memory`: the model looks at so many tokens only, and repeats itself; such a runner can try tokens out. 0 is all."""
+
+    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, memory: int = 0) -> None:
+        self.memory = memory
+        self.rewinds = memory > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = VOCABULARY
@@ -79,7 +83,7 @@ class FakeRunner:
         assert batch.block_indices_begins[-1] == len(batch.block_indices)
         self.sizes.append(np.diff(batch.subsequence_begins).tolist())
         histories: dict[int, NDArray[np.int64]] = {}
-        written: set[int] = set()
+        written: set[tuple[int, int]] = set()
         longest = 0
         tables = []
         for number in range(count):
@@ -91,8 +95,9 @@ class FakeRunner:
             assert len(table) == -(-total // self.block_size)
             places = np.arange(past, total)
             blocks = table[places // self.block_size]
-            assert not written & set(blocks.tolist()), "two sequences write to one block"
-            written |= set(blocks.tolist())
+            there = {(block, place if self.rewinds else 0) for block, place in zip(blocks.tolist(), places.tolist(), strict=True)}
+            assert not written & there, "two sequences write to one block"
+            written |= there
             assert (batch.position_ids[begin:end] == places).all()
             self.ids[blocks, places % self.block_size] = batch.input_ids[begin:end]
             self.positions[blocks, places % self.block_size] = places
@@ -104,7 +109,7 @@ class FakeRunner:
             for token in range(begin, end):
                 histories[token] = history[: past + token - begin + 1]
         assert batch.max_context_len == longest
-        rows = [next_logits(histories[int(row)]) for row in batch.rows]
+        rows = [next_logits(histories[int(row)][-self.memory :]) for row in batch.rows]
         return FakeResult(np.array(rows, np.float32).reshape(len(rows), VOCABULARY))
 
     def forward_alone(self, history: Sequence[int]) -> NDArray[np.float32]:

@@ -358,11 +358,15 @@ workload = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(workload, st.integers(18, 40), st.integers(1, 9), st.booleans())
+@given(workload, st.integers(18, 40), st.integers(1, 9), st.booleans(), st.integers(0, 2))
 def test_any_workload_gives_each_request_what_it_gets_alone(
-    work: list[tuple[int, int, int, int, int, int, int | None, bool]], num_blocks: int, max_sequences: int, prefix_cache: bool
+    work: list[tuple[int, int, int, int, int, int, int | None, bool]],
+    num_blocks: int,
+    max_sequences: int,
+    prefix_cache: bool,
+    memory: int,
 ) -> None:
-    driven = Driven(num_blocks=num_blocks, max_sequences=max_sequences, prefix_cache=prefix_cache, context_length=70)
+    driven = Driven(num_blocks=num_blocks, max_sequences=max_sequences, prefix_cache=prefix_cache, context_length=70, memory=memory)
     cancels: list[tuple[int, str]] = []
     step = 0
     for when, length, family, tenant, max_tokens, n, cancelled, scored in sorted(work, key=lambda item: item[0]):
@@ -397,7 +401,7 @@ def test_any_workload_gives_each_request_what_it_gets_alone(
     assert all(answer.report is not None for answer in driven.answers.values())
     for name, (_, length, family, _, max_tokens, n, _, scored) in zip(driven.answers, sorted(work, key=lambda item: item[0]), strict=True):
         answer = driven.answers[name]
-        expected = greedy(prompt(length, family), max_tokens)
+        expected = greedy(prompt(length, family), max_tokens, memory=memory)
         for choice in range(n):
             if name in stopped:
                 assert answer.tokens(choice) == expected[: len(answer.tokens(choice))]

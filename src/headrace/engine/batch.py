@@ -9,6 +9,9 @@ from headrace.engine.scheduler import Chunk
 from headrace.engine.sequence import Sequence
 from headrace.ports import ForwardBatch
 
+Guesses = list[list[int]]
+"""Of each sequence that decodes, the tokens that are guessed to follow its last."""
+
 
 class Decodes:
     """The arrays of the sequences that decode, kept from step to step and changed in place."""
@@ -41,14 +44,30 @@ class Decodes:
         self._version = -1
 
 
-def build(decodes: list[Sequence], chunks: list[Chunk], block_size: int) -> ForwardBatch:
-    """Arrays from scratch: decodes first, then chunks; of each, the rows that its sampler or scorer needs."""
-    ids: list[NDArray[np.int64]] = [np.array([sequence.tokens[sequence.length - 1] for sequence in decodes], np.int64)]
-    positions: list[NDArray[np.int64]] = [np.array([sequence.length - 1 for sequence in decodes], np.int64)]
-    past = [sequence.length - 1 for sequence in decodes]
-    begins = list(range(len(decodes) + 1))
-    rows: list[NDArray[np.int64]] = [np.arange(len(decodes))]
-    tables = [sequence.blocks.array for sequence in decodes]
+def build(decodes: list[Sequence], chunks: list[Chunk], block_size: int, guesses: Guesses | None = None) -> ForwardBatch:
+    """Arrays from scratch: decodes first, then chunks; of each, the rows that its sampler or scorer needs.
+
+    Guesses follow their sequence as sequences of one token over the same blocks. A step writes all keys and values before
+    it attends to any, so that each sees those before it, and in the same kernels, with the same rounding, as a decode.
+    """
+    latest: list[int] = []
+    past: list[int] = []
+    tables: list[NDArray[np.int32]] = []
+    for number, sequence in enumerate(decodes):
+        length, table = sequence.length, sequence.blocks.array
+        latest.append(sequence.tokens[length - 1])
+        past.append(length - 1)
+        tables.append(table)
+        if guesses is not None:
+            for guess in guesses[number]:
+                latest.append(guess)
+                past.append(length)
+                tables.append(table)
+                length += 1
+    begins = list(range(len(past) + 1))
+    ids: list[NDArray[np.int64]] = [np.array(latest, np.int64)]
+    positions: list[NDArray[np.int64]] = [np.array(past, np.int64)]
+    rows: list[NDArray[np.int64]] = [np.arange(len(past))]
     longest = max(past, default=0) + 1
     for chunk in chunks:
         end = begins[-1] + chunk.end - chunk.begin

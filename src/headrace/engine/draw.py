@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from headrace.engine.batch import Guesses
 from headrace.engine.sampler import SequenceSampler
 from headrace.engine.scheduler import Chunk
 from headrace.engine.sequence import Sequence
@@ -12,7 +13,7 @@ from headrace.engine.sequence import Sequence
 class Draw:
     """The rows of a batch, decodes first and then chunks, and what each is for."""
 
-    def __init__(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
+    def __init__(self, decodes: list[Sequence], chunks: list[Chunk], guesses: Guesses | None = None) -> None:
         self.sequences = decodes
         """Those that get a token, each from its entry in `rows`, or in order where that is None."""
         self.rows: list[int] | None = None
@@ -23,12 +24,20 @@ class Draw:
         self.forks: list[tuple[Sequence, list[Sequence]]] = []
         self.leaders: list[Sequence] = []
         """First choices whose siblings begin with this step, from the same row."""
+        self.ahead: list[int] | None = None
+        """Where there are guesses, how many tokens after its sequence's next each token is."""
+        self.guesses: list[int | None] | None = None
+        """What each token must be for the following one, of the same sequence, to stand."""
         self._row_of: dict[int, int] = {}
+        if guesses is not None:
+            self.sequences = [sequence for sequence, some in zip(decodes, guesses, strict=True) for _ in range(len(some) + 1)]
+            self.ahead = [ahead for some in guesses for ahead in range(len(some) + 1)]
+            self.guesses = [guess for some in guesses for guess in (*some, None)]
         if not chunks:
             return
-        self.sequences = list(decodes)
-        self.rows = list(range(len(decodes)))
-        row = len(decodes)
+        self.sequences = list(self.sequences)
+        row = len(self.sequences)
+        self.rows = list(range(row))
         for chunk in chunks:
             sequence = chunk.sequence
             if chunk.scored:
@@ -39,6 +48,7 @@ class Draw:
                 if sequence.completion is not None:
                     self.sequences.append(sequence)
                     self.rows.append(row - 1)
+                    self._alone(1)
                     if not sequence.job.forked:
                         self.leaders.append(sequence)
                         self._row_of[id(sequence)] = row - 1
@@ -49,6 +59,13 @@ class Draw:
         self.sequences += siblings
         if self.rows is not None:
             self.rows += [self._row_of[id(leader)]] * len(siblings)
+            self._alone(len(siblings))
+
+    def _alone(self, count: int) -> None:
+        """`count` tokens without guesses after them."""
+        if self.ahead is not None and self.guesses is not None:
+            self.ahead += [0] * count
+            self.guesses += [None] * count
 
     @cached_property
     def samplers(self) -> list[SequenceSampler]:

@@ -113,9 +113,9 @@ class SequenceSampler:
         if self._seen is not None:
             self._seen[token] = True
 
-    def uniform(self) -> float:
-        """The random number of the next token."""
-        return uniform(self._key, self._generated)
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number of the next token, or of the one `ahead` tokens after it."""
+        return uniform(self._key, self._generated + ahead)
 
     def change(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Penalties, bias and mask, on a row's logits. Raises `InvalidParameter` where no token is left."""
@@ -151,8 +151,13 @@ def _bias(biases: dict[int, float], vocab_size: int) -> tuple[NDArray[np.int64],
     return tokens, values
 
 
-def sample_rows(result: ForwardResult, samplers: Sequence[SequenceSampler], rows: Sequence[int] | None = None) -> list[Picked | Exception]:
+def sample_rows(
+    result: ForwardResult, samplers: Sequence[SequenceSampler], rows: Sequence[int] | None = None, ahead: Sequence[int] | None = None
+) -> list[Picked | Exception]:
     """A token for each sampler, from its entry in `rows` (in order where that is None), or the error that it met.
+
+    A sampler that occurs several times draws its next tokens: `ahead` says how many tokens after the next each is. They stand
+    only as far as the rows' guesses come true; a sampler that `needs_full` can't look ahead.
 
     An error of one row never touches the others: `RequestFailed` where its distribution isn't one, `InvalidParameter`
     where its own filters leave nothing.
@@ -167,7 +172,8 @@ def sample_rows(result: ForwardResult, samplers: Sequence[SequenceSampler], rows
     drawn = [number for number, sampler in enumerate(samplers) if plain[number] and not sampler.greedy]
     if drawn:
         some = [samplers[number] for number in drawn]
-        filters, uniforms = [sampler.filters for sampler in some], [sampler.uniform() for sampler in some]
+        filters = [sampler.filters for sampler in some]
+        uniforms = [samplers[number].uniform(ahead[number] if ahead else 0) for number in drawn]
         for number, place in zip(drawn, draw(logits[drawn], logsumexp[drawn], filters, uniforms, some[0].vocab_size), strict=True):
             places[number] = place
     tokens = ids[np.arange(len(where)), places].tolist()
@@ -181,7 +187,7 @@ def sample_rows(result: ForwardResult, samplers: Sequence[SequenceSampler], rows
             elif plain[number] and places[number] != UNDECIDED:
                 picks.append(Picked(tokens[number], logprobs[number], _top(result, row, wanted) if wanted else ()))
             else:
-                token, logprob = _pick_full(result, row, sampler)
+                token, logprob = _pick_full(result, row, sampler, ahead[number] if ahead else 0)
                 picks.append(Picked(token, logprob, _top(result, row, wanted)))
         except Exception as error:  # noqa: BLE001  an error belongs to one request; the scheduler tells it
             picks.append(error)
@@ -206,7 +212,7 @@ def score_rows(result: ForwardResult, rows: Sequence[int], targets: Sequence[int
     return scored
 
 
-def _pick_full(result: ForwardResult, row: int, sampler: SequenceSampler) -> tuple[int, float]:
+def _pick_full(result: ForwardResult, row: int, sampler: SequenceSampler, ahead: int) -> tuple[int, float]:
     raw = result.logits(row)
     if sampler.needs_full:
         values: NDArray[np.floating] = sampler.change(raw)
@@ -214,7 +220,7 @@ def _pick_full(result: ForwardResult, row: int, sampler: SequenceSampler) -> tup
         head = likeliest(values, 1 if sampler.greedy else result.top_ids.shape[1])
     else:
         values, head = raw, result.top_ids[row]
-    token = int(head[0]) if sampler.greedy else invert(values, head, sampler.filters, sampler.uniform())
+    token = int(head[0]) if sampler.greedy else invert(values, head, sampler.filters, sampler.uniform(ahead))
     return token, float(raw[token] - result.logsumexp[row])
 
 

@@ -15,6 +15,7 @@ from headrace.types import Event, GenerateRequest, TokenLogprob
 
 if TYPE_CHECKING:
     from headrace.engine.completion import Completion
+    from headrace.engine.lookup import Lookup
 
 
 class State(IntEnum):
@@ -44,7 +45,9 @@ class Job:
         "prompt",
         "received_at",
         "request",
+        "resume",
         "scores",
+        "scores_said",
         "seed",
         "sequences",
         "started_at",
@@ -58,21 +61,25 @@ class Job:
         self.received_at = received_at
         self.deadline = math.inf if request.timeout is None else received_at + request.timeout
         self.prompt = np.array(request.prompt, dtype=np.int64)
+        self.resume = request.resume
         self.limit = min(len(self.prompt) + request.sampling.max_tokens, context_length)
         """Tokens of prompt and completion at which a choice ends with `length`."""
         self.started_at: float | None = None
         """When the first of its tokens went into a step."""
         self.first_token_at: float | None = None
         self.cached_tokens = 0
-        self.completion_tokens = 0
+        self.completion_tokens = 0 if self.resume is None else self.resume.tokens
         self.charged = 0
         """Prompt tokens that the tenant has been charged for."""
         self.seed = int.from_bytes(os.urandom(8), "little") >> 1
         """Of a request that brings none."""
-        self.forked = request.sampling.n == 1
+        self.forked = request.sampling.n == 1 or self.resume is not None
         """Whether the choices beyond the first exist yet; they begin where the prompt ends."""
         self.scores: list[TokenLogprob | None] = [None]
         """Of prompt positions, where they were asked for."""
+        self.scores_said = self.resume is not None and self.resume.scored
+        if self.scores_said:
+            self.scores *= len(self.prompt)
         self.sequences: list[Sequence] = []
         """Those not done yet."""
         self.events: list[Event] = []
@@ -86,6 +93,17 @@ class Job:
     @property
     def tenant(self) -> int:
         return self.request.tenant
+
+    @property
+    def choices(self) -> list[int]:
+        """Those that begin with the request."""
+        if self.resume is None:
+            return [0]
+        return [choice for choice in range(self.request.sampling.n) if choice not in self.resume.ended]
+
+    def generated(self, choice: int) -> tuple[int, ...]:
+        """The tokens with which a choice begins."""
+        return () if self.resume is None else self.resume.generated[choice]
 
     @property
     def scored(self) -> bool:
@@ -110,6 +128,7 @@ class Sequence:
         "job",
         "keys",
         "length",
+        "lookup",
         "promised",
         "prompt_length",
         "root",
@@ -123,9 +142,10 @@ class Sequence:
         self.root = root
         """The tenant's salt: what the chain of block keys begins with."""
         self.prompt_length = len(job.prompt)
-        self.tokens: NDArray[np.int64] = job.prompt
+        generated = job.generated(choice)
+        self.tokens: NDArray[np.int64] = np.concatenate([job.prompt, np.array(generated, np.int64)]) if generated else job.prompt
         """Prompt and completion; only the first `length` entries count."""
-        self.length = self.prompt_length
+        self.length = len(self.tokens)
         self.computed = 0
         """Tokens whose keys and values are in the blocks."""
         self.blocks = BlockTable()
@@ -135,6 +155,8 @@ class Sequence:
         """Keys of blocks that this sequence is about to compute."""
         self.state = State.WAITING
         self.completion: Completion | None = None
+        self.lookup: Lookup | None = None
+        """Made when its next tokens are first guessed."""
 
     @property
     def generated(self) -> int:

@@ -277,7 +277,7 @@ class Stepper:
         """For each sequence that decodes the tokens to be verified in this step; None where there are none at all."""
         block_size, left = self._scheduler.block_size, MOST_ROWS
         left = min(left, self._step_tokens - len(decodes) - sum(chunk.end - chunk.begin for chunk in chunks))
-        least = worth(len(decodes), self._pace.fixed_rows)
+        least = worth(len(decodes))
         guesses: Guesses = []
         for sequence in decodes:
             completion = sequence.completion
