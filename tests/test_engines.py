@@ -165,20 +165,25 @@ async def test_refusals_cross_the_socket_as_they_are(worker: Worker, client: Eng
     assert text_of(await collect(client, ask())) == "hello"
 
 
-async def test_a_death_under_way_ends_the_request_and_one_not_begun_is_started_again(worker: Worker, client: EngineClient) -> None:
+async def test_a_death_is_a_pause(worker: Worker, client: EngineClient) -> None:
     await worker.live(EchoEngine(TOKENIZER, max_sequences=1, pace=0.005))
     begun = asyncio.create_task(collect(client, ask("b" * 300, id="begun")))
     await until(lambda: worker.engine.stats().running == 1)
     queued = asyncio.create_task(collect(client, ask("queued", id="queued")))
     await until(lambda: worker.engine.stats().waiting == 1)
+    await until(lambda: worker.engine.stats().completion_tokens > 5)
     await worker.die()
-    with pytest.raises(EngineDied):
-        await begun
-    assert not client.ready
+    await until(lambda: not client.ready)
     late = asyncio.create_task(collect(client, ask("late", id="late")))
     await asyncio.sleep(0)
-    assert client.waiting == 2
+    assert client.waiting == 3
     await worker.live(EchoEngine(TOKENIZER))
+    whole = await begun
+    assert text_of(whole) == "b" * 300
+    assert [event.index for event in whole if isinstance(event, Delta)] == [*range(300)]
+    assert isinstance(whole[-1], Report)
+    assert (whole[-1].prompt_tokens, whole[-1].completion_tokens) == (300, 300)
+    assert worker.engine.stats().completion_tokens < 310
     assert text_of(await queued) == "queued"
     assert text_of(await late) == "late"
 

@@ -185,8 +185,10 @@ class SupervisorLink:
         self._models[model][0].card = card
 
     def engine_lost(self, model: str) -> None:
-        """The connection ended; the supervisor will say more."""
-        served = self._models[model][0]
+        """The connection ended; the supervisor will say more, or has done so already."""
+        served, client = self._models[model]
+        if served.status.state != "ready" or served.status.pid != client.worker_pid:
+            return
         served.status = msgspec.structs.replace(
             served.status, state="starting", pid=0, reason="The engine's process ended; it is being started again."
         )

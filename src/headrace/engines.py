@@ -1,8 +1,10 @@
 """The client of an engine worker: `ports.Engine` over the worker's socket.
 
-The connection is made again whenever it ends. A request that the engine has not begun to answer doesn't notice
-that: it waits, within its deadline, and is submitted to the next worker. What becomes of a request that is under way
-when its worker dies is decided in one place, `EngineClient._after_death`.
+The connection is made again whenever it ends. Requests don't notice that: they wait, within their deadlines, and are submitted to the
+next worker, those under way with the tokens that arrived, to go on from there. Only an engine that can't do that, as one that is
+elsewhere, loses what it has begun. Requests that an engine dies of are found out: one that was in the step that it died of, and had got
+nothing from it, is a suspect and runs alone the next time; if that engine dies, too, it is convicted. What becomes of a request whose
+worker died is decided in one place, `EngineClient._after_death`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -19,6 +22,7 @@ import structlog
 from headrace.engine.frames import (
     Cancel,
     Counting,
+    Crowded,
     Ended,
     Failed,
     FrameConnection,
@@ -30,22 +34,51 @@ from headrace.engine.frames import (
     Step,
     Submit,
 )
+from headrace.engine.step_notes import LastStep, notes_path, read_last_step
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, revive
 from headrace.ports import Meters
-from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, Report
+from headrace.quarantine import Quarantine, convicted, fingerprint
+from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, PromptScores, Report, Resume
+from headrace.waiting import Bounds, Queue
 
+CROWD_FRESH = 0.25
+"""Seconds for which a worker's word on its crowded queue counts."""
 GRACE = 1.0
 """Seconds after a deadline in which the worker may still end a request itself, and say where the time went."""
 ADRIFT = 0.02
 """Seconds between looks at whether a worker that was lost still counts."""
 MAX_SUBMISSIONS = 3
-"""A request that saw this many workers die before its first token is ended: it may be the reason."""
+"""A request that saw this many workers die without getting on may be the reason, whatever was noted of their last steps: a suspect. Of
+engines that nothing is noted of, it is ended."""
 
 
 class _Stream:
     """A request of this API process, from `generate` to its end."""
 
-    __slots__ = ("began", "deadline", "done", "error", "handle", "pending", "request", "seen", "slot", "submissions", "timer", "waiter")
+    __slots__ = (
+        "asked_at",
+        "began",
+        "cached",
+        "deadline",
+        "done",
+        "ended",
+        "error",
+        "fruitless",
+        "generated",
+        "got_on",
+        "handle",
+        "model",
+        "pending",
+        "request",
+        "scored",
+        "seen",
+        "slot",
+        "submissions",
+        "submitted_at",
+        "suspect",
+        "timer",
+        "waiter",
+    )
 
     def __init__(self, request: GenerateRequest, handle: int, now: float, patience: float) -> None:
         self.request = request
@@ -54,8 +87,27 @@ class _Stream:
         self.pending: list[Event] = []
         """Arrived and not read; a slow reader finds them in one batch."""
         self.began = False
-        """True once the worker has sent anything for it."""
+        """True once a worker has sent anything for it."""
+        self.generated: list[list[int]] = [[] for _ in range(request.sampling.n)]
+        """The tokens of each choice that have arrived: what another worker goes on from."""
+        self.ended: set[int] = set()
+        """Choices."""
+        self.scored = False
+        """The prompt's scores have arrived."""
+        self.got_on = False
+        """The worker at hand has sent something for it."""
+        self.fruitless = 0
+        """Workers in a row that died without having sent anything for it."""
+        self.suspect = False
+        """A worker may have died of it: the next one runs it alone."""
+        self.model = ""
+        """Fingerprint of the engine that has begun it."""
+        self.cached = 0
+        """Tokens of its prompt that the first worker had cached."""
         self.submissions = 0
+        self.asked_at = 0.0
+        """When it was first submitted."""
+        self.submitted_at = 0.0
         self.seen = 0
         """Tokens that were read, of a request that is counted."""
         self.slot: int | None = None
@@ -64,6 +116,34 @@ class _Stream:
         self.error: HeadraceError | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def tokens(self) -> int:
+        """That have arrived, over all choices."""
+        return sum(map(len, self.generated))
+
+    def take_note(self, events: list[Event]) -> None:
+        """Remember what has arrived."""
+        self.began = self.got_on = True
+        generated = self.generated
+        for event in events:
+            if type(event) is Delta:
+                generated[event.choice] += event.tokens
+                if event.finish is not None:
+                    self.ended.add(event.choice)
+            elif type(event) is PromptScores:
+                self.scored = True
+
+    def whole(self, report: Report) -> Report:
+        """The last worker's report with what was before: the time until it got the request, and what it can't know."""
+        before = (self.submitted_at - self.asked_at) * 1e3
+        began = self.model != ""
+        return msgspec.structs.replace(
+            report,
+            cached_tokens=self.cached if began else report.cached_tokens,
+            queue_ms=report.queue_ms + (0.0 if began else before),
+            decode_ms=report.decode_ms + (before if began else 0.0),
+        )
 
     def wake(self) -> None:
         waiter = self.waiter
@@ -83,6 +163,8 @@ class EngineClient:
 
     `patience`: seconds that a request without a timeout waits for a worker. `on_ready` is called whenever a worker
     said what it is, `on_lost` whenever a connection to a ready worker ended. `meters` is where requests are counted that are on a bill.
+    A request that killed a worker, running alone, is refused for `quarantine_seconds`; `on_quarantine` hears its fingerprint and the
+    Unix time until when, to tell the other API processes, whose clients learn it by `quarantine`.
     """
 
     def __init__(
@@ -93,12 +175,19 @@ class EngineClient:
         on_ready: Callable[[EngineCard], None] | None = None,
         on_lost: Callable[[], None] | None = None,
         meters: Meters | None = None,
+        quarantine_seconds: float = 3600.0,
+        on_quarantine: Callable[[bytes, float], None] | None = None,
     ) -> None:
         self._path = path
         self._patience = patience
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._meters = meters
+        self._quarantine_seconds = quarantine_seconds
+        self._on_quarantine = on_quarantine
+        self.quarantined = Quarantine()
+        self.resumed = 0
+        """Requests that went on after a worker's death, each as often as it did."""
         self._left: dict[int, _Stream] = {}
         """Cancelled, and the worker has not said yet that it is done with them."""
         self._adrift: set[asyncio.Task[None]] = set()
@@ -112,6 +201,8 @@ class EngineClient:
         self._ready = asyncio.Event()
         self._card: EngineCard | None = None
         self._stats = EngineStats()
+        self._crowded: Crowded | None = None
+        self._crowded_at = 0.0
         self._stats_waiters: list[asyncio.Future[None]] = []
         self._unavailable: HeadraceError | None = None
         self._closed: HeadraceError | None = None
@@ -135,6 +226,11 @@ class EngineClient:
         return self._connection is not None
 
     @property
+    def worker_pid(self) -> int:
+        """Of the worker that said hello last."""
+        return self._worker_pid
+
+    @property
     def waiting(self) -> int:
         """Requests of this process that wait for a worker."""
         return len(self._waiting)
@@ -148,6 +244,14 @@ class EngineClient:
     def hope(self) -> None:
         """Workers are being started again."""
         self._unavailable = None
+
+    def quarantine(self, print_: bytes, until: float) -> None:
+        """Refuse requests with this fingerprint until that Unix time, those that wait for a worker, too."""
+        if self.quarantined.add(print_, until):
+            for stream in [*self._waiting.values()]:
+                refusal = self.quarantined.refusal(stream.request)
+                if refusal is not None:
+                    stream.fail(refusal)
 
     def end_all(self, error: HeadraceError) -> None:
         """End every request with `error`, and refuse new ones with it."""
@@ -173,8 +277,8 @@ class EngineClient:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Event]]:
         """Events of one request. Closing the generator cancels it in the worker.
 
-        Raises what the engine raised; `EngineDied` if the worker died under way; `EngineUnavailable` or
-        `DeadlineExceeded` if none was there in time; `BodyTooLarge` if the request doesn't fit a frame.
+        Raises what the engine raised; `EngineDied` if the worker died under way and another can't go on; `RequestQuarantined` if workers
+        die of it; `EngineUnavailable` or `DeadlineExceeded` if none was there in time; `BodyTooLarge` if the request doesn't fit a frame.
         """
         stream = self._open(request)
         try:
@@ -196,7 +300,7 @@ class EngineClient:
             self._forget(stream)
 
     def _open(self, request: GenerateRequest) -> _Stream:
-        refusal = self._closed or self._unavailable
+        refusal = self._closed or self._unavailable or self.quarantined.refusal(request)
         if refusal is not None:
             raise refusal
         loop = asyncio.get_running_loop()
@@ -213,12 +317,18 @@ class EngineClient:
 
     def _submit(self, stream: _Stream, connection: FrameConnection[FromWorker], waited: bool = False) -> None:
         request = stream.request
+        now = asyncio.get_running_loop().time()
         if waited and request.timeout is not None:
-            request = msgspec.structs.replace(request, timeout=max(0.001, stream.deadline - asyncio.get_running_loop().time()))
+            request = msgspec.structs.replace(request, timeout=max(0.001, stream.deadline - now))
+        if stream.began:
+            request = self._resumed(stream, request)
+        stream.got_on = False
+        stream.submitted_at = now
+        stream.asked_at = stream.asked_at or now
         if stream.slot is None:
             stream.slot = -1 if self._meters is None else self._meters.begin(request.id)
         try:
-            connection.send(Submit(stream.handle, request, stream.slot))
+            connection.send(Submit(stream.handle, request, stream.slot, stream.suspect, stream.submissions > 0))
         except FrameTooLarge as error:
             raise BodyTooLarge(f"The request is too large for the engine: {error}.") from error
         except UnicodeEncodeError as error:
@@ -226,6 +336,15 @@ class EngineClient:
         stream.submissions += 1
         del self._waiting[stream.handle]
         self._submitted[stream.handle] = stream
+
+    def _resumed(self, stream: _Stream, request: GenerateRequest) -> GenerateRequest:
+        """The request as it goes on. Raises `EngineDied` where this worker can't do that."""
+        assert self._card is not None
+        if "resume" not in self._card.capabilities or self._card.fingerprint != stream.model:
+            raise EngineDied("The engine's process ended while it answered this request, and another model has taken its place.")
+        self.resumed += 1
+        said = tuple(tuple(tokens) for tokens in stream.generated)
+        return msgspec.structs.replace(request, resume=Resume(said, tuple(stream.ended), stream.scored))
 
     def _forget(self, stream: _Stream) -> None:
         if stream.timer is not None:
@@ -305,7 +424,9 @@ class EngineClient:
                     if type(report := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
                         self._counted(left, report, cut=True)
                     continue
-                stream.began = True
+                stream.take_note(events)
+                if stream.submissions > 1 and type(events[-1]) is Report:
+                    events[-1] = stream.whole(events[-1])
                 if stream.pending:
                     stream.pending += events
                 else:
@@ -317,8 +438,10 @@ class EngineClient:
                 stream.wake()
         elif isinstance(message, Failed):
             stream = self._submitted.pop(message.handle, None)
-            if stream is not None and message.code == EngineDied.code and not stream.began:
-                self._after_death(stream)
+            if stream is not None and message.code == EngineDied.code:
+                self._after_death(stream, self._last_step())
+                if stream.handle not in self._waiting and not stream.done:
+                    self._counted(stream, None)
             elif stream is not None:
                 self._counted(stream, None)
                 stream.fail(revive(message.code, message.message, message.param, message.retry_after))
@@ -330,6 +453,9 @@ class EngineClient:
                 self._counted(left, message.report, cut=True)
         elif isinstance(message, Hello):
             self._hello(message, connection)
+        elif isinstance(message, Crowded):
+            self._crowded = message
+            self._crowded_at = asyncio.get_running_loop().time()
         elif isinstance(message, Stats):
             self._stats = message.stats
             self._wake_stats_waiters()
@@ -342,7 +468,8 @@ class EngineClient:
             connection.send(Counting(self._meters.path))
         self._unavailable = None
         self._ready.set()
-        for stream in [*self._waiting.values()]:
+        # Suspects first: whom the worker has begun with must make room for them again.
+        for stream in sorted(self._waiting.values(), key=lambda stream: not stream.suspect):
             if stream.error is None:
                 try:
                     self._submit(stream, connection, waited=True)
@@ -362,9 +489,10 @@ class EngineClient:
         if submitted:
             structlog.get_logger("headrace.engines").warning("engine lost", requests=len(submitted))
         lost, self._left = [*self._left.values()], {}
+        last = self._last_step() if submitted else None
         for stream in submitted.values():
-            self._after_death(stream)
-            if stream.handle not in self._waiting:
+            self._after_death(stream, last)
+            if stream.handle not in self._waiting and not stream.done:
                 lost.append(stream)
         if self._meters is not None and lost:
             task = asyncio.create_task(self._await_counts(lost, self._worker_pid))
@@ -373,20 +501,71 @@ class EngineClient:
         if self._on_lost is not None:
             self._on_lost()
 
-    def _after_death(self, stream: _Stream) -> None:
-        """What becomes of a request whose worker died: nothing was sent, so nothing is lost by starting it again; else it ends."""
-        if stream.began:
+    def _last_step(self) -> LastStep | None:
+        return read_last_step(notes_path(self._path, self._worker_pid))
+
+    def _after_death(self, stream: _Stream, last: LastStep | None) -> None:
+        """What becomes of a request whose worker died, and had noted `last` of its last step."""
+        assert self._card is not None
+        resumes = "resume" in self._card.capabilities
+        if len(stream.ended) == len(stream.generated):
+            self._complete(stream)
+            return
+        if stream.got_on:
+            stream.fruitless = 0
+            stream.suspect = False
+        else:
+            stream.fruitless += 1
+        if stream.began and not resumes:
             stream.fail(EngineDied("The engine's process ended while it answered this request; it is being started again.", retry_after=1))
-        elif stream.submissions >= MAX_SUBMISSIONS:
-            stream.fail(EngineDied(f"The engine's process ended {stream.submissions} times while this request waited for its first token."))
-        elif (refusal := self._closed or self._unavailable) is not None:
+        elif stream.fruitless >= MAX_SUBMISSIONS and (last is None or not resumes):
+            stream.fail(EngineDied(f"The engine's process ended {stream.fruitless} times while this request waited for it."))
+        elif stream.suspect and last is not None and last.alone(stream.request.id):
+            self._convict(stream)
+        elif (refusal := self._closed or self._unavailable or self.quarantined.refusal(stream.request)) is not None:
             stream.fail(refusal)
         else:
+            if not stream.got_on:
+                stream.suspect |= last is None or last.took_part(stream.request.id) or stream.fruitless >= MAX_SUBMISSIONS
+            if stream.got_on and not stream.model:
+                stream.model = self._card.fingerprint
             if self._meters is not None:
-                self._meters.restart(stream.request.id, 0)
+                cached = self._meters.restart(stream.request.id, stream.tokens)
+                stream.cached = stream.cached or cached
             self._waiting[stream.handle] = stream
 
+    def _complete(self, stream: _Stream) -> None:
+        """All was said but the report."""
+        if self._meters is not None:
+            stream.cached = stream.cached or self._meters.restart(stream.request.id, stream.tokens)
+        report = Report(len(stream.request.prompt), stream.cached, stream.tokens, 0.0, 0.0, 0.0)
+        stream.pending = [*stream.pending, report]
+        stream.done = True
+        self._counted(stream, report)
+        stream.wake()
+
+    def _convict(self, stream: _Stream) -> None:
+        seconds = self._quarantine_seconds
+        print_, until = fingerprint(stream.request), time.time() + seconds
+        structlog.get_logger("headrace.engines").error(
+            "request quarantined", request_id=stream.request.id, fingerprint=print_.hex(), seconds=seconds
+        )
+        stream.fail(convicted(seconds))
+        self.quarantine(print_, until)
+        if self._on_quarantine is not None:
+            self._on_quarantine(print_, until)
+
     # Figures
+
+    def crowd(self) -> tuple[Queue, Bounds] | None:
+        """The worker's queue, while it refuses requests and said so within the last `CROWD_FRESH` seconds."""
+        said = self._crowded
+        if said is None or self._connection is None:
+            return None
+        if asyncio.get_running_loop().time() - self._crowded_at > CROWD_FRESH:
+            self._crowded = None
+            return None
+        return said.queue, said.bounds
 
     def stats(self) -> EngineStats:
         """As of the last `refresh`."""

@@ -16,10 +16,16 @@
     ├── ConfigRefused                 422 config_refused           a reload whose configuration isn't taken
     ├── RequestQuarantined            422 request_quarantined      the engine dies of this request
     ├── RateLimited                   429 rate_limited             (retry)
+    │   └── QueueShareFull            429 queue_share_full         the tenant fills its share of the queue
     ├── RequestFailed                 500 request_failed           this request alone broke in the engine
     ├── EngineDied                    502 engine_died              (retry)
     ├── UpstreamError                 502 upstream_error           (retry)
     ├── Overloaded                    503 overloaded               (retry)
+    │   └── NotAdmitted               503 not_admitted             by the queue before an engine:
+    │       ├── QueueFull             503 queue_full
+    │       ├── WaitTooLong           503 wait_too_long
+    │       ├── DeadlineUnmeetable    503 deadline_unmeetable
+    │       └── Shed                  503 shed                     it waited, and gave its place up to another
     ├── EngineUnavailable             503 engine_unavailable       (retry)
     │   └── CircuitOpen               503 circuit_open             (retry)
     ├── StoreUnavailable              503 store_unavailable        (retry)
@@ -142,6 +148,12 @@ class RateLimited(HeadraceError):
     limit: tuple[str, str] | None = None
 
 
+class QueueShareFull(RateLimited):
+    """The queue is full, and as much of it as is its tenant's due holds the tenant's own requests."""
+
+    code = "queue_share_full"
+
+
 class RequestFailed(HeadraceError):
     code = "request_failed"
 
@@ -162,6 +174,32 @@ class Overloaded(HeadraceError):
     status = 503
     code = "overloaded"
     retry = True
+
+
+class NotAdmitted(Overloaded):
+    """The engine works, and has too much to do. Nothing was generated."""
+
+    code = "not_admitted"
+
+
+class QueueFull(NotAdmitted):
+    code = "queue_full"
+
+
+class WaitTooLong(NotAdmitted):
+    code = "wait_too_long"
+
+
+class DeadlineUnmeetable(NotAdmitted):
+    """Known beforehand; a request whose time runs out later ends with `DeadlineExceeded`."""
+
+    code = "deadline_unmeetable"
+
+
+class Shed(NotAdmitted):
+    """A request that waited made room for a more important one, or for a tenant that has fewer waiting; or it waited for too long."""
+
+    code = "shed"
 
 
 class EngineUnavailable(HeadraceError):

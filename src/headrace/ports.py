@@ -317,9 +317,9 @@ class Meters(Protocol):
         """The slot to count in; the request is about to be handed to an engine. To be followed by one `ended`."""
         ...
 
-    def restart(self, request_id: str, delivered: int) -> None:
+    def restart(self, request_id: str, delivered: int) -> int:
         """Its engine died; the next one goes on after the first `delivered` tokens of completion, and what was made beyond them is
-        not billed twice."""
+        not billed twice. How many tokens of the prompt the engine that it began with had cached, as far as that is on the bill."""
         ...
 
     def has_ended(self, request_id: str) -> bool:

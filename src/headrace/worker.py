@@ -23,6 +23,7 @@ from headrace.engine.echo import EchoEngine
 from headrace.engine.frames import FrameConnection
 from headrace.engine.pulse import Pulse
 from headrace.engine.serving import EngineServer
+from headrace.engine.step_notes import begin_notes
 from headrace.error_tracking import ErrorTracker
 from headrace.errors import HeadraceError, ModelError
 from headrace.low_priority import give_way
@@ -158,7 +159,13 @@ async def _run(beginning: Beginning) -> None:
         engine = build_engine(files, beginning.config, setup.memory_share, kv_blocks=setup.kv_blocks, beside_standby=setup.beside_standby)
         if isinstance(engine, ShowsPulse):
             engine.pulse = pulse
-        server = EngineServer(engine, pid=os.getpid(), open_counters=SharedSlots, admission=admission_for(files, beginning.config))
+        server = EngineServer(
+            engine,
+            pid=os.getpid(),
+            open_counters=SharedSlots,
+            notes=begin_notes(setup.sockets[0]),
+            admission=admission_for(files, beginning.config),
+        )
         accepting = asyncio.create_task(_accept(server, beginning.listening, promoted), name="accept")
         starting = asyncio.create_task(engine.start())
         await asyncio.wait((starting, asyncio.create_task(stopping.wait())), return_when=asyncio.FIRST_COMPLETED)

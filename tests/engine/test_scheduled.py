@@ -236,7 +236,7 @@ async def test_a_crash_of_the_loop_ends_requests_and_says_so(runner: GatedRunner
     async with asyncio.timeout(10):
         await engine.failed.wait()
     assert isinstance(engine.failure, SystemExit)
-    with pytest.raises(EngineUnavailable):
+    with pytest.raises(EngineDied):
         await collect(engine, ask())
     await engine.close()
 

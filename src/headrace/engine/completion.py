@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from headrace.engine.sampler import Picked, SequenceSampler
 from headrace.engine.stops import StopStrings
 from headrace.ports import Tokenizer
@@ -59,6 +61,16 @@ class Completion:
         self._stops = StopStrings(sampling.stop) if sampling.stop else None
         self._stream = tokenizer.stream()
         self._words = words
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take in the completion's first tokens, which another engine has drawn and said. The sampler has them already.
+
+        What they show was shown; what is held back after them is what was held back there.
+        """
+        for count, token in enumerate(tokens, 1):
+            text = self._stream.push(token)
+            if self._stops is not None and text and count >= self._min_tokens:
+                self._stops.push(text)
 
     def accept(self, picked: Picked, index: int) -> Delta:
         """Take in the token at `index` of the completion. The delta says if the choice ended with it."""

@@ -12,18 +12,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from headrace.engine.fair_line import FairLine
 from headrace.engine.pull import pull
 from headrace.engine.pulse import Pulse
 from headrace.engine.stops import StopStrings
 from headrace.errors import ContextLengthExceeded, DeadlineExceeded, EngineUnavailable, HeadraceError, ModelError
-from headrace.ports import Deliver, Tokenizer
+from headrace.ports import Deliver, StepNotes, Tokenizer
 from headrace.types import Delta, EngineCard, EngineStats, Event, FinishReason, GenerateRequest, Report
 
 CAPABILITIES = frozenset(
-    {"tokens", "seed", "n", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids"},
+    {"tokens", "seed", "n", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "resume"},
 )
 
 
@@ -31,7 +31,8 @@ class EchoEngine:
     """`ports.Engine` and `ports.Submits`.
 
     `pace`: seconds a step takes, 0 for as fast as it goes; `load`: seconds that `start` takes; `max_sequences`: most
-    sequences in one step, more wait in the order they came.
+    sequences in one step, more wait: the higher rank first, and
+    within a rank the tenants take turns.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class EchoEngine:
         load: float = 0.0,
     ) -> None:
         self.pulse = Pulse()
+        self.notes: StepNotes | None = None
+        self._noted: list[str] = []
         self._tokenizer = tokenizer
         self._card = EngineCard(
             model=name,
@@ -60,7 +63,7 @@ class EchoEngine:
         self._load = load
         self._shows: dict[int, bool] = {}
         self._jobs: dict[str, _Job] = {}
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting = FairLine[_Sequence]()
         self._running: list[_Sequence] = []
         self._next_step: asyncio.Handle | None = None
         self._last_step = -math.inf
@@ -109,7 +112,10 @@ class EchoEngine:
             raise ContextLengthExceeded(f"The context is {limit} tokens, and the prompt has {len(request.prompt)}.")
         job = _Job(request, deliver, self._said(request.prompt), limit, self._tokenizer)
         self._jobs[request.id] = job
-        self._waiting.extend(job.sequences)
+        if not job.sequences:
+            asyncio.get_running_loop().call_soon(self._end, job, None)
+        for sequence in job.sequences:
+            self._waiting.add(sequence, rank=request.rank, tenant=request.tenant)
         self._prompt_tokens += len(request.prompt)
         self._step_soon()
 
@@ -166,8 +172,9 @@ class EchoEngine:
         now = self._last_step = asyncio.get_running_loop().time()
         self._next_step = None
         while self._waiting and len(self._running) < self._max_sequences:
-            self._running.append(self._waiting.popleft())
+            self._running.append(self._waiting.take())
         jobs = {sequence.job: None for sequence in self._running}
+        self._note([job.request.id for job in jobs if job.fresh])
         for sequence in self._running:
             sequence.step(now)
             self._completion_tokens += min(1, sequence.index)
@@ -185,6 +192,11 @@ class EchoEngine:
                 self._end(job, job.late(now))
         self._step_soon()
 
+    def _note(self, fresh: list[str]) -> None:
+        if self.notes is not None and (fresh or self._noted):
+            self._noted = fresh
+            self.notes.step(fresh)
+
     def _end(self, job: _Job, error: HeadraceError | None) -> None:
         if self._jobs.pop(job.request.id, None) is None:
             return
@@ -192,7 +204,7 @@ class EchoEngine:
             job.living = 0
             for sequence in job.sequences:
                 sequence.done = True
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.done)
+            self._waiting.keep(lambda sequence: not sequence.done)
             self._running = [sequence for sequence in self._running if not sequence.done]
         if error is not None:
             job.deliver(error)
@@ -212,18 +224,28 @@ class _Job:
         self.received = asyncio.get_running_loop().time()
         self.deadline = math.inf if request.timeout is None else self.received + request.timeout
         self.started: float | None = None
+        self.fresh = True
+        """No token of it was made yet, by this engine."""
         self.events: list[Event] = []
-        self.sequences = [_Sequence(self, choice, tokenizer) for choice in range(request.sampling.n)]
+        resume = request.resume
+        self.before = 0 if resume is None else sum(len(resume.generated[choice]) for choice in resume.ended)
+        """Tokens of choices that have ended elsewhere."""
+        self.sequences = [
+            _Sequence(self, choice, tokenizer, () if resume is None else resume.generated[choice])
+            for choice in range(request.sampling.n)
+            if resume is None or choice not in resume.ended
+        ]
         self.living = len(self.sequences)
 
     def hand_over(self) -> None:
         events, self.events = self.events, []
+        self.fresh = False
         self.deliver(events)
 
     def late(self, now: float) -> DeadlineExceeded:
         if self.started is None:
             return DeadlineExceeded(f"The request waited in the queue for all of its {self.request.timeout:g} s.")
-        generated = sum(sequence.index for sequence in self.sequences)
+        generated = self.before + sum(sequence.index for sequence in self.sequences)
         return DeadlineExceeded(
             f"The request took longer than its {self.request.timeout:g} s: {self.started - self.received:.2f} s in the queue, "
             f"{now - self.started:.2f} s in decode, for {generated} tokens."
@@ -233,10 +255,10 @@ class _Job:
         now = asyncio.get_running_loop().time()
         started = now if self.started is None else self.started
         return Report(
-            # A request that never left the queue has cost nothing.
-            prompt_tokens=0 if self.started is None else len(self.request.prompt),
+            # A request that never left the queue has cost nothing; one that goes on has left another engine's.
+            prompt_tokens=0 if self.started is None and self.request.resume is None else len(self.request.prompt),
             cached_tokens=0,
-            completion_tokens=sum(sequence.index for sequence in self.sequences),
+            completion_tokens=self.before + sum(sequence.index for sequence in self.sequences),
             queue_ms=1000 * (started - self.received),
             prefill_ms=0.0,
             decode_ms=1000 * (now - started),
@@ -246,13 +268,18 @@ class _Job:
 class _Sequence:
     """One choice as it grows."""
 
-    def __init__(self, job: _Job, choice: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: _Job, choice: int, tokenizer: Tokenizer, generated: Sequence[int]) -> None:
         self.job = job
         self.choice = choice
-        self.index = 0
+        self.index = len(generated)
         self.done = False
         self._text = tokenizer.stream()
         self._stops = StopStrings(job.request.sampling.stop)
+        for count, token in enumerate(generated, 1):
+            # Said already; what is held back after them is what was held back there.
+            text = self._text.push(token)
+            if count >= job.request.sampling.min_tokens:
+                self._stops.push(text)
 
     def step(self, now: float) -> None:
         job = self.job

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
+from headrace.waiting import Bounds, Queue
 
 MAX_FRAME = 256 * 1024 * 1024
 """Bytes; the scores of a long prompt with many alternatives are the largest honest frame."""
@@ -29,6 +30,10 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
     request: GenerateRequest
     slot: int = -1
     """Where its tokens are counted, in the file of `Counting`; -1 is nowhere."""
+    suspect: bool = False
+    """An engine died of a step that it was in: run it alone, until it has got on."""
+    again: bool = False
+    """Another engine had let it in before."""
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -84,8 +89,15 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=9):
     """None where the engine made none."""
 
 
+class Crowded(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """Worker to API process, while requests are refused: the queue as it is, so that others can be refused without asking."""
+
+    queue: Queue
+    bounds: Bounds
+
+
 ToWorker = Submit | Cancel | StatsRequest | Counting
-FromWorker = Hello | Step | Failed | Stats | Ended
+FromWorker = Hello | Step | Failed | Stats | Ended | Crowded
 
 Incoming = TypeVar("Incoming")
 

@@ -28,8 +28,8 @@ from headrace.errors import (
     InvalidParameter,
     ModelError,
 )
-from headrace.ports import Deliver, Overlaps, Runner, Tokenizer
-from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report
+from headrace.ports import Deliver, Overlaps, Runner, StepNotes, Tokenizer
+from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report, Resume
 
 CAPABILITIES = frozenset(
     {
@@ -41,6 +41,7 @@ CAPABILITIES = frozenset(
         "n",
         "prompt_logprobs",
         "repetition_penalty",
+        "resume",
         "seed",
         "stop_token_ids",
         "tokens",
@@ -75,6 +76,7 @@ class ScheduledEngine:
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
         self.pulse = Pulse()
+        self.notes: StepNotes | None = None
         self._make_runner = make_runner
         self._tokenizer = tokenizer
         self._name = name
@@ -170,7 +172,9 @@ class ScheduledEngine:
 
     def _refusal(self, request: GenerateRequest) -> HeadraceError | None:
         """Why a request can't be served at all, if so."""
-        if self._card is None or self._closing or self.failed.is_set():
+        if self.failed.is_set():
+            return EngineDied("The engine died.")
+        if self._card is None or self._closing:
             return EngineUnavailable("The engine is not running." if self._card is None else "The engine is stopping.", retry_after=1)
         if request.id in self._known:
             return BadRequest(f"A request with the id {request.id!r} is already running.")
@@ -181,8 +185,25 @@ class ScheduledEngine:
             return ContextLengthExceeded(
                 f"The prompt has {count} tokens; the model's context holds {limit} tokens, prompt and completion together.", param="prompt"
             )
+        if request.resume is not None:
+            return self._cannot_resume(request, request.resume)
         if min(request.prompt) < 0 or max(request.prompt) >= self._card.vocab_size:
             return InvalidParameter(f"Token ids go from 0 to {self._card.vocab_size - 1}; the prompt has others.", param="prompt")
+        return None
+
+    def _cannot_resume(self, request: GenerateRequest, resume: Resume) -> HeadraceError | None:
+        """Why a request that another engine of this kind has begun can't go on here, if so."""
+        assert self._card is not None
+        room = min(request.sampling.max_tokens, self._card.context_length - len(request.prompt))
+        tokens = [token for generated in resume.generated for token in generated]
+        if len(resume.generated) != request.sampling.n or max(map(len, resume.generated)) > room:
+            return BadRequest("The request can't go on: what it has isn't what it asked for.")
+        if (
+            min(request.prompt) < 0
+            or max(max(request.prompt), max(tokens, default=0)) >= self._card.vocab_size
+            or min(tokens, default=0) < 0
+        ):
+            return BadRequest("The request can't go on: it has tokens that this model doesn't know.")
         return None
 
     def _last_forgets(self, request_id: str, deliver: Deliver) -> Deliver:
@@ -212,7 +233,8 @@ class ScheduledEngine:
         while self._inbox:
             entry = self._inbox.popleft()
             if not isinstance(entry, str):
-                self._dispatch([(entry[1], EngineUnavailable("The engine is stopping.", retry_after=1))])
+                ending = EngineUnavailable("The engine is stopping.", retry_after=1) if error is None else EngineDied("The engine died.")
+                self._dispatch([(entry[1], ending)])
         if self._ready is not None and not self._ready.done():
             refusal = (
                 error
@@ -266,12 +288,15 @@ class ScheduledEngine:
                 max_sequences=self._config.max_sequences,
                 step_tokens=self._config.step_tokens,
                 prefix_cache=self._config.prefix_cache,
+                deterministic=self._config.deterministic,
+                prompt_lookup=self._config.prompt_lookup,
                 pace=pace,
             )
 
         warm_up(make())
         stepper = make()
         stepper.pulse = self.pulse
+        stepper.notes = self.notes
         return stepper
 
     def _describe(self, stepper: Stepper) -> EngineCard:

@@ -5,9 +5,9 @@ The rules, in the order in which a plan applies them:
 1. Every sequence that decodes is in the step with one token. One that needs a block when there is none takes it from
    the latest-arrived sequence of the most-served tenant, which waits at the front of its tenant's queue, keeps its
    tokens, and is computed again later (its full blocks mostly come back from the prefix cache).
-2. The rest of the step, up to `step_tokens` and to what the pace allows, goes to prompts in chunks: always to the
-   tenant that was served least (of equals, to the one with less in the batch), and within a tenant in order of
-   arrival. A waiting sequence is admitted when its turn comes and a slot and its blocks are there. A tenant with
+2. The rest of the step, up to `step_tokens` and to what the pace allows, goes to prompts in chunks: to the highest
+   rank (`GenerateRequest.rank`) but for every eighth turn, within it to the tenant that was served least (of equals,
+   to the one with less in the batch), and within a tenant by rank and in order of arrival. A waiting sequence is admitted when its turn comes and a slot and its blocks are there. A tenant with
    nothing in the batch need not wait for them: it takes them from tenants that have several sequences running.
 3. A tenant whose only business is a first token doesn't wait behind a long batch of others' decodes: where those
    would make the step long they sit out one step, never two in a row.
@@ -28,6 +28,10 @@ from headrace.engine.tenants import COMPLETION_WEIGHT, PROMPT_WEIGHT, Tenant, Te
 
 SCORED_ROWS = 128
 """Most prompt positions scored in one step; bounds the memory for their logits."""
+PIECE = 128
+"""Prompt tokens computed at once where that must always be the same ones; at most `SCORED_ROWS`."""
+FAIR_TURN = 8
+"""Every so many turns go by what tenants were served alone, whatever the rank: no rank is starved by another tenant's higher one."""
 EXPRESS_SHARE = 0.2
 """Others' decodes sit out a newcomer's step where they would take more than this share of a brisk step."""
 
@@ -70,8 +74,13 @@ class Plan:
 class Scheduler:
     """Holds every sequence in the engine, and the blocks they use."""
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_sequences: int, step_tokens: int, pace: Pace) -> None:
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_sequences: int, step_tokens: int, pace: Pace, deterministic: bool = False
+    ) -> None:
         self.pool = pool
+        self.deterministic = deterministic
+        """Whether a token's keys and values may depend on nothing but the tokens before it: prompts are computed in fixed pieces, whatever
+        the budget, and a completion token by token, also where it is computed again. The pool must not cache then."""
         self.block_size = block_size
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
@@ -89,6 +98,7 @@ class Scheduler:
         self._promised: dict[bytes, Sequence] = {}
         self._sources: list[int] = []
         self._express = False
+        self._turn = 1
         self._closed = False
         self._last_tenant: int | None = None
         self._shared_until = float("-inf")
@@ -99,14 +109,16 @@ class Scheduler:
 
     def add(self, job: Job) -> None:
         """Queue a new request."""
-        sequence = Sequence(job, 0, self.prefix_keys.root(job.tenant))
-        job.sequences.append(sequence)
+        root = self.prefix_keys.root(job.tenant)
+        job.sequences += [Sequence(job, choice, root) for choice in job.choices]
         if job.tenant != self._last_tenant:
             if self._last_tenant is not None:
                 self._shared_until = job.received_at + MEMORY
             self._last_tenant = job.tenant
-        self.tenants.enter(job.tenant).waiting.append(sequence)
-        self.waiting += 1
+        tenant = self.tenants.enter(job.tenant)
+        for sequence in job.sequences:
+            tenant.queue(sequence)
+        self.waiting += len(job.sequences)
 
     # --- planning ---
 
@@ -144,7 +156,7 @@ class Scheduler:
 
     def _latest(self, tenant: Tenant) -> Sequence:
         ours = (sequence for sequence in self.decoding if sequence.job.tenant == tenant.number)
-        return max([*ours, *tenant.prefilling], key=lambda sequence: (sequence.job.order, sequence.choice))
+        return max([*ours, *tenant.prefilling], key=lambda sequence: (-sequence.job.request.rank, sequence.job.order, sequence.choice))
 
     def _newcomers(self) -> list[Tenant]:
         """Tenants that wait for a first token and have no other business, if others' decodes would hold them up."""
@@ -160,17 +172,19 @@ class Scheduler:
         self._closed = False
         turns = {tenant: self._turns(tenant, plan) for tenant in tenants if tenant.waiting or tenant.prefilling}
         while budget > 0 and turns:
-            tenant = min(turns, key=lambda tenant: tenant.rank)
+            fair = self._turn % FAIR_TURN == 0
+            tenant = min(turns, key=lambda tenant: (0 if fair else -tenant.urgency, *tenant.rank))
             sequence = next(turns[tenant], None)
             if sequence is None:
                 del turns[tenant]
                 continue
-            count = min(sequence.length - sequence.computed, budget)
+            count = self._piece(sequence) if self.deterministic else min(sequence.length - sequence.computed, budget)
             if unscored(sequence) < sequence.length:
-                count = min(count, scored)
+                count = 0 if self.deterministic and count > scored else min(count, scored)
                 scored -= count
                 if count == 0:
                     continue
+            self._turn += 1
             begin, end = sequence.computed, sequence.computed + count
             last = end == sequence.length
             score = unscored(sequence) < min(end, sequence.prompt_length - 1)
@@ -183,6 +197,11 @@ class Scheduler:
                 budget = min(budget, LEAST_PREFILL)
         for rest in turns.values():
             rest.close()
+
+    def _piece(self, sequence: Sequence) -> int:
+        """Tokens that a sequence computes next, never more and never less, so that they round alike whenever they are computed."""
+        begin, end = sequence.computed, sequence.prompt_length
+        return 1 if begin >= end else min(PIECE - begin % PIECE, end - begin)
 
     def _turns(self, tenant: Tenant, plan: Plan) -> Generator[Sequence]:
         """A tenant's sequences with something to compute, in order; waiting ones are admitted as their turn comes."""

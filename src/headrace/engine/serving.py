@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 import structlog
 
+from headrace.engine.admission import Admission, Entry
 from headrace.engine.frames import (
     MAX_UNREAD,
     Cancel,
     Counting,
+    Crowded,
     Ended,
     Failed,
     FrameConnection,
@@ -26,20 +28,34 @@ from headrace.engine.frames import (
     Submit,
     ToWorker,
 )
+from headrace.engine.suspects import Turns
 from headrace.errors import EngineUnavailable, HeadraceError, RequestFailed, StoreUnavailable
-from headrace.ports import Counter, Counters, Deliver, Engine, Submits, TellsCached
+from headrace.ports import Counter, Counters, Deliver, Engine, NotesSteps, StepNotes, Submits, TellsCached
 from headrace.types import Delta, EngineCard, Event, GenerateRequest, Report
+
+CROWDED = 1.0
+"""Seconds after a refusal in which API processes are told of the queue."""
+TELL_INTERVAL = 0.02
+"""Seconds between two such messages."""
 
 
 class EngineServer:
     """Serves an engine over a listening unix socket's connections, each of which is an API process.
 
     `max_unread`: bytes that an API process may leave unread before its connection is closed. `open_counters` opens the file in which an
-    API process wants its requests' tokens counted; it raises `OSError` and `ValueError`.
+    API process wants its requests' tokens counted; it raises `OSError` and `ValueError`. `notes` is what the API processes look at after
+    this process's death.
     """
 
     def __init__(
-        self, engine: Engine, *, pid: int, max_unread: int = MAX_UNREAD, open_counters: Callable[[str], Counters] | None = None
+        self,
+        engine: Engine,
+        *,
+        pid: int,
+        max_unread: int = MAX_UNREAD,
+        open_counters: Callable[[str], Counters] | None = None,
+        notes: StepNotes | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._engine = engine
         self._pid = pid
@@ -50,6 +66,13 @@ class EngineServer:
         self._ids: set[str] = set()
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = Turns(self._start)
+        self._turns.notes = notes
+        self._admission = admission
+        self._crowded_until = float("-inf")
+        self._telling: asyncio.TimerHandle | None = None
+        if isinstance(engine, NotesSteps):
+            engine.notes = notes
 
     def accept(self) -> asyncio.Protocol:
         """A protocol factory, for `create_unix_server`."""
@@ -64,13 +87,15 @@ class EngineServer:
 
     def ready(self, card: EngineCard) -> None:
         """Say hello to those connected, and from now on to all who come."""
+        self._turns.resumes = "resume" in card.capabilities and isinstance(self._engine, Submits)
         self._hello = Hello(card, self._pid)
         for client in self._clients:
             client.connection.send(self._hello)
 
     @property
     def stats(self) -> Stats:
-        return Stats(self._engine.stats())
+        stats = self._engine.stats()
+        return Stats(stats if self._admission is None else self._admission.stats(stats))
 
     def _joined(self, client: _ApiProcess, connection: FrameConnection[ToWorker]) -> None:
         client.connection = connection
@@ -81,20 +106,49 @@ class EngineServer:
     def left(self, client: _ApiProcess) -> None:
         self._clients.discard(client)
 
-    def run(self, request: GenerateRequest, deliver: Deliver, counter: Counter | None = None) -> Callable[[], None]:
-        """Start a request; what comes back cancels it. `deliver` gets exactly one `Report` or error, last.
+    def run(
+        self, request: GenerateRequest, deliver: Deliver, counter: Counter | None = None, *, suspect: bool = False, again: bool = False
+    ) -> Callable[[], None]:
+        """Start a request, as soon as no suspect is in its way; what comes back cancels it. `deliver` gets exactly one `Report` or
+        error, last.
 
         Tokens are counted before they are delivered.
         """
         if request.id in self._ids:
             # Cancelling goes by id, and one tenant's choice of id must not reach another's request.
             request = msgspec.structs.replace(request, id=f"{request.id}~{next(self._numbers)}")
-        self._ids.add(request.id)
-
         begun = False
+        entry: Entry | None = None
+        cancel = outwaited = _nothing
+        admission = self._admission
+        if admission is not None:
+            try:
+                entry = admission.admit(request, lambda: cancel(), known=again)
+            except HeadraceError as refusal:
+                if counter is not None:
+                    counter.end(None)
+                self._is_crowded()
+                deliver(refusal)
+                return _nothing
+            request = msgspec.structs.replace(request, rank=entry.line[1])
+            outwaited = asyncio.get_running_loop().call_later(admission.bounds.wait, admission.outwaited, entry).cancel
+            self._tell_soon()
+        self._ids.add(request.id)
 
         def deliver_and_note(what: Sequence[Event] | HeadraceError) -> None:
             nonlocal begun
+            if entry is not None and admission is not None:
+                over = isinstance(what, HeadraceError) or type(what[-1]) is Report
+                if not isinstance(what, HeadraceError):
+                    admission.progressed(entry, sum([len(event.tokens) for event in what if type(event) is Delta]))
+                if over:
+                    admission.ended(entry)
+                if over or entry.generated:
+                    outwaited()
+                if over and entry.shed is not None:
+                    self._is_crowded()
+                    what = entry.shed
+                self._tell_soon()
             if isinstance(what, HeadraceError):
                 self._ids.discard(request.id)
                 if counter is not None:
@@ -102,7 +156,7 @@ class EngineServer:
             elif type(last := what[-1]) is Report:
                 self._ids.discard(request.id)
                 if counter is not None:
-                    counter.end(last)
+                    counter.end(_of_this_engine(last, request))
             elif counter is not None:
                 if not begun:
                     begun = True
@@ -110,10 +164,34 @@ class EngineServer:
                 counter.add(sum([len(event.tokens) for event in what if type(event) is Delta]))
             deliver(what)
 
+        cancel = self._turns.run(request, deliver_and_note, suspect=suspect)
+        return cancel
+
+    # How crowded it is
+
+    def _is_crowded(self) -> None:
+        """A request was refused: from now on API processes are told of the queue, so that they can refuse by themselves."""
+        self._crowded_until = asyncio.get_running_loop().time() + CROWDED
+        self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        if self._telling is None and self._admission is not None:
+            loop = asyncio.get_running_loop()
+            if loop.time() < self._crowded_until:
+                self._telling = loop.call_later(TELL_INTERVAL, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        assert self._admission is not None
+        message = Crowded(self._admission.queue(), self._admission.bounds)
+        for client in self._clients:
+            client.connection.send(message)
+
+    def _start(self, request: GenerateRequest, deliver: Deliver) -> Callable[[], None]:
         if isinstance(self._engine, Submits):
-            self._submit(self._engine, request, deliver_and_note)
+            self._submit(self._engine, request, deliver)
             return lambda: self._cancel(request.id)
-        task = asyncio.create_task(self._pump(request, deliver_and_note), name=request.id)
+        task = asyncio.create_task(self._pump(request, deliver), name=request.id)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return lambda: _cancel_task(task)
@@ -175,7 +253,7 @@ class _ApiProcess:
 
     def received(self, message: ToWorker) -> None:
         if isinstance(message, Submit):
-            self._start(message.handle, message.request, message.slot)
+            self._start(message)
         elif isinstance(message, Cancel):
             cancel = self._running.pop(message.handle, None)
             if cancel is not None:
@@ -208,7 +286,8 @@ class _ApiProcess:
             self._counters.close()
             self._counters = None
 
-    def _start(self, handle: int, request: GenerateRequest, slot: int) -> None:
+    def _start(self, message: Submit) -> None:
+        handle, slot = message.handle, message.slot
         counter: Counter | None = None
         if slot >= 0:
             if self._counters is None:
@@ -245,7 +324,7 @@ class _ApiProcess:
                 self._counted -= 1
                 self._leave_counters()
 
-        cancel = self._server.run(request, deliver, counter)
+        cancel = self._server.run(message.request, deliver, counter, suspect=message.suspect, again=message.again)
         if not ended:
             running[handle] = cancel
 
@@ -282,6 +361,17 @@ class _ApiProcess:
                 if cancel is not None:
                     cancel()
                 self.connection.send(Failed(handle, RequestFailed.code, f"The answer can't be sent: {error}."))
+
+
+def _of_this_engine(report: Report, request: GenerateRequest) -> Report:
+    """The report without the tokens that an engine before this one has made, and counted."""
+    if request.resume is None:
+        return report
+    return msgspec.structs.replace(report, completion_tokens=report.completion_tokens - request.resume.tokens)
+
+
+def _nothing() -> None:
+    """Cancels what has never begun."""
 
 
 def _cancel_task(task: asyncio.Task[None]) -> None:

@@ -163,10 +163,12 @@ class Bookkeeper:
         entry.counted = True
         return entry.slot
 
-    def restart(self, request_id: str, delivered: int) -> None:
+    def restart(self, request_id: str, delivered: int) -> int:
         entry = self._entries.get(request_id)
-        if entry is not None:
-            self._slots.rewind(entry.slot, delivered)
+        if entry is None:
+            return 0
+        self._slots.rewind(entry.slot, delivered)
+        return self._slots.read(entry.slot).cached
 
     def ended(self, request_id: str, report: Report | None, seen: int | None = None) -> None:
         entry = self._entries.get(request_id)
