@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "policies": 1,
     "journey": 2,
     "engines": 2,
+    "quarantine": 2,
     "supervisor": 2,
     "children": 2,
     "control": 2,

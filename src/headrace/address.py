@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import os
 import shutil
 import socket
+import struct
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from headrace.errors import ConfigError
 ENGINE_SOCKET = "engine"
 """Name of the engine's socket in a server's private folder."""
 _PREFIX = "headrace-"
+_SO_ATTACH_FILTER = 26
 _LONGEST_PATH = 100
 """Bytes; a unix socket's address has room for about 107."""
 
@@ -28,18 +31,7 @@ def bind(server: ServerSection, access: AccessSection) -> socket.socket:
     Raises `ConfigError` if the address is open to others and nothing says who they are, or can't be bound.
     """
     family, address = _resolve(server.host, server.port)
-    if not _is_loopback(address[0]) and not access.insecure_no_auth:
-        if access.auth == "open":
-            raise ConfigError(
-                f"{server.host} can be reached from other machines, and auth is open, so anyone could use this server. "
-                "Set auth to keys, or bind to 127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
-            )
-        if access.auth is None and not access.api_keys:
-            raise ConfigError(
-                f"{server.host} can be reached from other machines, and no keys are configured, so anyone could use this server. "
-                "Make keys with `headrace keys create` and add --auth keys, or set HEADRACE_API_KEYS to one or more keys, or bind to "
-                "127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
-            )
+    check_strangers(server, access, address[0])
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -52,6 +44,23 @@ def bind(server: ServerSection, access: AccessSection) -> socket.socket:
         raise cannot_bind(server, error) from error
     bound.set_inheritable(True)
     return bound
+
+
+def check_strangers(server: ServerSection, access: AccessSection, address: str) -> None:
+    """Raises `ConfigError` if the address, as numbers, is open to others and nothing says who they are."""
+    if _is_loopback(address) or access.insecure_no_auth:
+        return
+    if access.auth == "open":
+        raise ConfigError(
+            f"{server.host} can be reached from other machines, and auth is open, so anyone could use this server. "
+            "Set auth to keys, or bind to 127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
+        )
+    if access.auth is None and not access.api_keys:
+        raise ConfigError(
+            f"{server.host} can be reached from other machines, and no keys are configured, so anyone could use this server. "
+            "Make keys with `headrace keys create` and add --auth keys, or set HEADRACE_API_KEYS to one or more keys, or bind to "
+            "127.0.0.1; or, if the network itself keeps strangers out, add --insecure-no-auth."
+        )
 
 
 def auth_at(bound: socket.socket, access: AccessSection) -> Literal["open", "keys"]:
@@ -117,6 +126,32 @@ def listen_privately(path: Path) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_ushort), ("true", ctypes.c_ubyte), ("false", ctypes.c_ubyte), ("k", ctypes.c_uint32))
+
+
+def let_nobody_in(listening: socket.socket) -> bool:
+    """Have the kernel drop requests for new connections, so that a socket can be emptied before it is closed; False where it can't.
+
+    Closing a listening socket resets the connections in its queue. A client whose first packet is dropped sends it again after a
+    second, finds the port closed, and knows that it was never served. Connections that are being made go on. A classic packet
+    filter, as in Linux' socket(7); other systems have none.
+    """
+    load_flags, mask, is_syn, give = 0x30, 0x54, 0x15, 0x06
+    program = (_Instruction * 5)(
+        _Instruction(load_flags, 0, 0, 13),
+        _Instruction(mask, 0, 0, 0x12),  # SYN and ACK
+        _Instruction(is_syn, 0, 1, 0x02),
+        _Instruction(give, 0, 0, 0),
+        _Instruction(give, 0, 0, 0xFFFFFFFF),
+    )
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(program)))
+    except OSError:
+        return False
+    return True
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:

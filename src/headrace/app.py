@@ -254,6 +254,7 @@ class SupervisorLink:
             _leave()
         elif order.replaced:
             self.server.leave()
+            self.connection.send(Quiet())
         else:
             last_call = min(LAST_CALL, order.timeout)
             self._goodbye = asyncio.create_task(self.server.say_goodbye(last_call, self._refuse, self._quiet), name="goodbye")

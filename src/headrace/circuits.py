@@ -31,6 +31,11 @@ class CircuitTable:
         """How all of them are, for a process that has just begun."""
         return [self._said(model) for model in self._breakers]
 
+    def judge_by(self, rules: BreakerRules) -> None:
+        """Other rules from now on; how the breakers stand, they stand."""
+        for breaker in self._breakers.values():
+            breaker.rules = rules
+
     def hear(self, message: CircuitCalls | ProbeEnded | AskProbe, holder: object) -> ProbeAnswer | None:
         """What an API process says; the answer, if it wants one."""
         breaker, now = self._breakers[message.model], self._clock()

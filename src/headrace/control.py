@@ -165,7 +165,8 @@ class Quarantine(msgspec.Struct, frozen=True, tag=30):
 
 
 class Quiet(msgspec.Struct, frozen=True, tag=50):
-    """From an API process of a server that stops: what ran is over, and what comes is refused."""
+    """From an API process that leaves: it takes no new connections any more, or, where the server stops, nothing that ran is left, and
+    what comes is refused."""
 
 
 class CloseDoor(msgspec.Struct, frozen=True, tag=51):

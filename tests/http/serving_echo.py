@@ -39,7 +39,12 @@ class StandingControl:
     """The words to a supervisor that isn't there."""
 
     draining: bool = False
+    leaving: bool = False
+    refusing: bool = False
     started_at: float = field(default_factory=time.monotonic)
+
+    async def reload(self) -> list[str]:
+        return ["max_batch"]
 
     async def ps(self) -> dict[str, Any]:
         return {"workers": [{"pid": 1, "model": "echo", "state": "ready", "restarts": 0, "running": 0, "waiting": 0, "memory_mib": 1.0}]}

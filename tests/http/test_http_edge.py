@@ -56,11 +56,13 @@ async def test_unknown_paths_and_methods_speak_the_dialect() -> None:
         method = await http.get("/chat")
         openai_method = await http.delete("/v1/models/x")
         slash = await http.get("/health/")
+        heads = [(await http.head(path)).status_code for path in ("/health", "/health/live", "/v1/models", "/v1/models/demo", "/chat")]
     assert (native.status_code, native.json()["code"]) == (404, "not_found")
     assert (openai.status_code, openai.json()["error"]["code"]) == (404, "not_found")
     assert (method.status_code, method.json()["code"], method.headers["allow"]) == (405, "method_not_allowed", "POST")
     assert (openai_method.status_code, openai_method.json()["error"]["code"]) == (405, "method_not_allowed")
     assert slash.status_code == 404
+    assert heads == [200, 200, 200, 200, 405]
 
 
 async def test_one_log_line_a_request_without_prompts_and_keys() -> None:
@@ -149,8 +151,12 @@ async def test_health_says_what_is_and_why() -> None:
 
 async def test_draining_refuses_new_calls() -> None:
     made = stand()
-    made.control.draining = True
+    made.control.draining = made.control.leaving = True
     async with client(made) as http:
+        # What is queued for acceptance, or comes on an open connection, is still served, and asked not to come again.
+        last = await http.post("/v1/completions", json={"prompt": "x"})
+        assert (last.status_code, last.headers["connection"]) == (200, "close")
+        made.control.refusing = True
         assert (await http.get("/health/ready")).status_code == 503
         assert (await http.get("/health")).json()["status"] == "unhealthy"
         answer = await http.post("/v1/completions", json={"prompt": "x"})
@@ -261,6 +267,7 @@ async def test_cors_is_by_configuration() -> None:
         for answer in (plain, refused, stream):
             assert answer.headers["access-control-allow-origin"] == "https://app.example"
             assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+            assert "X-Headrace-Cache" in answer.headers["access-control-expose-headers"]
         ask = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
         preflight = await http.options("/v1/chat/completions", headers=ask)
         assert preflight.status_code == 200

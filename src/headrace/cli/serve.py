@@ -27,4 +27,4 @@ def serve(
 
     from headrace.supervisor import serve as supervise
 
-    raise typer.Exit(supervise(loaded.config))
+    raise typer.Exit(supervise(loaded.config, lambda: load(flags, file=config).config))

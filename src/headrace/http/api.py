@@ -107,13 +107,16 @@ def create_api(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.server.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[
                 "X-Request-Id",
                 "X-Client-Request-Id",
                 "Server-Timing",
                 "Retry-After",
+                "X-Headrace-Cache",
+                "X-Headrace-Filter",
+                "X-Headrace-Limit",
                 "X-Headrace-Model",
                 "X-Headrace-Fallback",
                 "X-Headrace-Degraded",

@@ -103,6 +103,7 @@ class Edge:
             self._close(exchange)
             # The server's `send` knows the scope, and the scope this exchange: a cycle of all that belongs to the request.
             exchange.send = None
+            exchange.error = None
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from headrace.config import Config
 from headrace.errors import Overloaded
 from headrace.http.exchange import Exchange
+from headrace.http.wishes import PRIORITY_HEADER, priority_of, timeout_of
 from headrace.policies.authorize import find_for
 from headrace.policies.identify import introduce
 from headrace.served import ServedModel, ServedModels
@@ -24,12 +25,26 @@ class Control(Protocol):
         ...
 
     @property
+    def leaving(self) -> bool:
+        """True from the moment this process was told to leave, also if others go on: clients shall make new connections."""
+        ...
+
+    @property
+    def refusing(self) -> bool:
+        """True a moment after the server was told to stop: requests that come now are refused."""
+        ...
+
+    @property
     def started_at(self) -> float:
         """`time.monotonic()` when the server was started; that clock is the same in all its processes."""
         ...
 
     async def ps(self) -> dict[str, Any]:
         """The process list that `headrace ps` shows: `{"workers": [...], …}`."""
+        ...
+
+    async def reload(self) -> list[str]:
+        """Have the configuration read again; the settings that changed, in force for every new connection. Raises `ConfigRefused`."""
         ...
 
 
@@ -63,8 +78,8 @@ class Serving:
         cache: bool | None = None,
         key_required: bool = False,
     ) -> Call:
-        """A new call of this exchange. Raises `Overloaded` while the server drains."""
-        if self.control.draining:
+        """A new call of this exchange. Raises `InvalidParameter` for headers that wish for nothing that is, and `Overloaded` once a server that stops refuses calls."""
+        if self.control.refusing:
             raise Overloaded("The server is shutting down.", retry_after=5)
         part = len(exchange.calls)
         made = Call(
@@ -81,10 +96,14 @@ class Serving:
             token=exchange.token,
             address=exchange.address,
             key_required=key_required,
+            timeout=timeout_of(exchange.timeout),
+            priority=priority_of(exchange.priority),
             started_at=exchange.started_at,
         )
         if exchange.caller is not None:
             introduce(made, exchange.caller)
+        if exchange.priority is not None:
+            made.headers[PRIORITY_HEADER.lower()] = made.priority
         exchange.calls.append(made)
         return made
 

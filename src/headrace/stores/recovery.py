@@ -45,6 +45,10 @@ class Recovery:
         self._going: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.ledger")
 
+    def price_by(self, pricing: Pricing) -> None:
+        """Other prices from now on."""
+        self._pricing = pricing
+
     def want(self) -> None:
         """An API process has died."""
         self._wanted.set()

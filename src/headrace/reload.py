@@ -1,0 +1,69 @@
+"""A new configuration for a server that runs: what may differ from the one in force, and whether it can be used at all."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from headrace.address import auth_at, check_strangers
+from headrace.config import Config, fields
+from headrace.errors import ConfigError
+from headrace.lineup import Member, check
+from headrace.policies.filter_input import filter_steps
+from headrace.policies.route import candidate
+from headrace.stores.cache_open import second_level
+from headrace.tls import check_tls
+
+FIXED_SECTIONS = frozenset({"model", "engine", "store", "alerts"})
+"""Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
+FIXED_FIELDS = frozenset({"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after"})
+"""Likewise, of other sections."""
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Flat names of the settings that differ."""
+    return [field for field, section in fields().items() if getattr(getattr(old, section), field) != getattr(getattr(new, section), field)]
+
+
+def fixed(field: str) -> bool:
+    """Whether a setting can't be changed while the server runs."""
+    return field in FIXED_FIELDS or fields()[field] in FIXED_SECTIONS
+
+
+def usable(old: Config, new: Config, bound: socket.socket, members: Sequence[Member]) -> Config:
+    """The new configuration as its processes get it; both are given as they were read. Blocks for moments.
+
+    Raises `ConfigError`, and nothing has changed then.
+    """
+    refused = [field for field in changes(old, new) if fixed(field)]
+    if refused:
+        raise ConfigError(f"The server has to be started again for other values of {', '.join(refused)}.")
+    check_strangers(new.server, new.access, bound.getsockname()[0])
+    check_tls(new.tls)
+    if new.cache.response_cache == "on":
+        second_level(new)
+    filter_steps(new.filters)
+    check(new)
+    access = new.access.model_copy(update={"auth": auth_at(bound, new.access)})
+    return _with_names(new, members).model_copy(update={"access": access})
+
+
+def _with_names(config: Config, members: Sequence[Member]) -> Config:
+    """Models by their names, as `lineup` does at the start; but only those that are served already."""
+    names: dict[str, str] = {}
+    for member in members:
+        for called in (member.files.name, *member.files.aliases, member.section.model):
+            names.setdefault(called, member.files.name)
+
+    def named(address: str, setting: str) -> str:
+        if address not in names:
+            raise ConfigError(f"{setting}: {address!r} is not served yet; for another model the server has to be started again.")
+        return names[address]
+
+    resilience = config.resilience
+    chains = {
+        named(name, "fallbacks"): tuple(named(entry, "fallbacks") if candidate(entry).kind == "model" else entry for entry in chain)
+        for name, chain in resilience.fallbacks.items()
+    }
+    smaller = None if resilience.degrade_model is None else named(resilience.degrade_model, "degrade_model")
+    return config.model_copy(update={"resilience": resilience.model_copy(update={"fallbacks": chains, "degrade_model": smaller})})
