@@ -25,6 +25,7 @@ def chat(
     model: str | None = typer.Option(None, "--model", help="Default is the first that the server lists.", show_default=False),
     system: str | None = typer.Option(None, "--system", help="What the model is told before the conversation.", show_default=False),
     temperature: float = typer.Option(0.7, "--temperature", min=0, max=2, help="0 always takes the likeliest token."),
+    max_tokens: int = typer.Option(1024, "--max-tokens", min=1, help="Most tokens of an answer."),
     key: str | None = typer.Option(None, "--key", help="Bearer token.", show_default=False),
     config: Path | None = typer.Option(None, "--config", help="TOML file that says where the server is.", show_default=False),
 ) -> None:
@@ -34,7 +35,7 @@ def chat(
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with server.client(timeout=600) as client:
-            conversation = Conversation(client, server, model or _first_model(client, server), system, temperature)
+            conversation = Conversation(client, server, model or _first_model(client, server), system, temperature, max_tokens)
             _talk(conversation, interactive=sys.stdin.isatty())
     except ServerAway as error:
         typer.echo(f"headrace: {error}", err=True)
@@ -44,11 +45,14 @@ def chat(
 class Conversation:
     """The messages so far, and the server that continues them."""
 
-    def __init__(self, client: httpx.Client, server: Target, model: str, system: str | None, temperature: float) -> None:
+    def __init__(
+        self, client: httpx.Client, server: Target, model: str, system: str | None, temperature: float, max_tokens: int = 1024
+    ) -> None:
         self._client = client
         self._server = server
         self.model = model
         self._temperature = temperature
+        self._max_tokens = max_tokens
         self._opening = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self._opening)
 
@@ -81,7 +85,13 @@ class Conversation:
 
         from headrace.cli.sse import EventReader
 
-        body = {"model": self.model, "messages": self.messages, "temperature": self._temperature, "stream": True}
+        body = {
+            "model": self.model,
+            "messages": self.messages,
+            "temperature": self._temperature,
+            "max_tokens": self._max_tokens,
+            "stream": True,
+        }
         with self._client.stream("POST", f"{self._server.root}/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 answer.read()

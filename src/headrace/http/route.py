@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import cast
 
 import structlog
@@ -31,7 +31,7 @@ class Route(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = exchange_of(scope)
         exchange.route = self.path
-        methods = self.methods or set()
+        methods = answered(self.methods or ())
         if scope["method"] not in methods:
             allow = ", ".join(sorted(methods))
             await routing_answer(405, openai=exchange.openai, path=scope["path"], allow=allow)(scope, receive, send)
@@ -60,6 +60,11 @@ class Route(APIRoute):
         await problem_answer(problem, openai=exchange.openai)(scope, receive, send)
 
 
+def answered(methods: Collection[str]) -> set[str]:
+    """What a route answers: HEAD wherever GET is, as HTTP has it; the server leaves the body out."""
+    return {*methods, "HEAD"} if "GET" in methods else set(methods)
+
+
 class ExactRoutes:
     """Finds a route without parameters by its path in one look-up; all else goes on to the router, which tries one after the other."""
 
@@ -68,7 +73,7 @@ class ExactRoutes:
         self._routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             if not route.param_convertors:
-                self._routes.setdefault(route.path, {}).update(dict.fromkeys(route.methods or (), route))
+                self._routes.setdefault(route.path, {}).update(dict.fromkeys(answered(route.methods or ()), route))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         methods = self._routes.get(scope["path"]) if scope["type"] == "http" and not scope.get("root_path") else None
