@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 
 from starlette.requests import Request
 
@@ -27,7 +27,7 @@ from headrace.policies.route import HEADER as FALLBACK_HEADER
 from headrace.policies.token_lease import BUDGET_ENDED
 from headrace.policies.token_lease import NOTE as LIMIT_NOTE
 from headrace.served import ServedModel, ServedModels
-from headrace.types import CircuitState
+from headrace.types import CircuitState, DeathCause
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -242,6 +242,10 @@ class _Engines:
         for served in self._models:
             ready.add_metric([served.public_name], float(served.status.state == "ready"))
             restarts.add_metric([served.public_name], served.status.restarts)
+        deaths = CounterMetricFamily("headrace_engine_deaths", "Times the model's engine was replaced, by why", labels=["model", "reason"])
+        for served in self._models:
+            for cause in get_args(DeathCause):
+                deaths.add_metric([served.public_name, cause], served.status.deaths.get(cause, 0))
         circuits = GaugeMetricFamily(
             "headrace_breaker_state", "Of the model's circuit breaker: 0 closed, 1 half-open, 2 open", labels=["model"]
         )
@@ -249,6 +253,7 @@ class _Engines:
             circuits.add_metric([served.public_name], _CIRCUITS[served.circuit])
         yield ready
         yield restarts
+        yield deaths
         yield circuits
 
 
