@@ -308,7 +308,9 @@ class OverloadSection(Section):
 
     max_queue_requests: int = Field(1024, ge=1, le=1_000_000, description="Most requests that wait for a model's first token")
     max_queue_tokens: int = Field(2_000_000, ge=1, description="Most prompt tokens of the requests that wait for a model")
-    max_queue_wait: float = Field(120.0, gt=0, le=86_400, description="Longest wait for a first token, in seconds; who would wait longer gets 503")
+    max_queue_wait: float = Field(
+        120.0, gt=0, le=86_400, description="Longest wait for a first token, in seconds; who would wait longer gets 503"
+    )
     ttft_target: float = Field(
         2.0, ge=0, le=3600, description="Seconds to the first token that admission keeps to under overload; 0 is no target"
     )

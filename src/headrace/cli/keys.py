@@ -31,6 +31,9 @@ def create(
     concurrency: int | None = typer.Option(None, "--concurrency", min=1, help="Requests at a time.", show_default=False),
     budget_tokens: int | None = typer.Option(None, "--budget-tokens", min=1, help="Tokens in each period.", show_default=False),
     period: str | None = typer.Option(None, "--period", help="Of the budget: day, month (default) or total.", show_default=False),
+    priority: str | None = typer.Option(
+        None, "--priority", help="Highest of its requests: sheddable, default (default) or critical.", show_default=False
+    ),
     expires: str | None = typer.Option(None, "--expires", help="When it ends: 30d, 12h, or a date as 2030-01-31.", show_default=False),
     as_json: bool = _JSON,
     config: Path | None = _CONFIG,
@@ -39,6 +42,7 @@ def create(
     from headrace.http.admin_wire import moment_of
     from headrace.policies.key_desk import public
     from headrace.policies.mint import SCOPES, Wish
+    from headrace.types import PRIORITIES
 
     wanted = frozenset(scope for scope in SCOPES if scope in _words(scopes))
     unknown = set(_words(scopes)) - wanted
@@ -46,6 +50,8 @@ def create(
         raise typer.BadParameter(
             f"{', '.join(sorted(unknown)) or 'nothing'} is no scope; there is {', '.join(SCOPES)}", param_hint="--scopes"
         )
+    if priority not in (None, *PRIORITIES):
+        raise typer.BadParameter(f"a priority is one of {', '.join(PRIORITIES)}", param_hint="--priority")
     if period not in (None, "day", "month", "total"):
         raise typer.BadParameter("a period is day, month or total", param_hint="--period")
     try:
@@ -62,6 +68,7 @@ def create(
         concurrency=concurrency,
         budget_tokens=budget_tokens,
         budget_period=period,
+        priority=priority,
         expires_at=expires_at,
     )
     record, secret = at_the_desk(config, lambda desk, actor: desk.create(wish, actor))
@@ -151,6 +158,7 @@ def _print(key: dict[str, Any], as_json: bool) -> None:
         "tenant": _tenant(key),
         "models": ", ".join(key["models"]) or "all",
         "scopes": ", ".join(key["scopes"]),
+        "priority": key["priority"],
         "limits": limits(key),
         "created": f"{moment(key['created_at'])} by {key['created_by']}",
         "expires": moment(key["expires_at"]),

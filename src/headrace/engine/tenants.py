@@ -25,9 +25,23 @@ class Tenant:
         self.number = number
         self.counter = counter
         self.waiting: deque[Sequence] = deque()
-        """In order of arrival; preempted ones come back to the front."""
+        """The highest rank first, and within one in order of arrival; preempted ones come back to the front."""
         self.prefilling: list[Sequence] = []
         self.decoding = 0
+
+    def queue(self, sequence: Sequence) -> None:
+        """Let a new sequence wait, behind all that aren't of a lower rank."""
+        waiting, rank = self.waiting, sequence.job.request.rank
+        place = len(waiting)
+        while place and waiting[place - 1].job.request.rank < rank:
+            place -= 1
+        waiting.insert(place, sequence)
+
+    @property
+    def urgency(self) -> int:
+        """The highest rank that is to be computed or waits."""
+        first = self.waiting[0].job.request.rank if self.waiting else 0
+        return max([first, *(sequence.job.request.rank for sequence in self.prefilling)])
 
     @property
     def running(self) -> int:

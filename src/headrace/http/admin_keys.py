@@ -44,6 +44,7 @@ class AdminKeys:
             concurrency=asked.concurrency,
             budget_tokens=asked.budget_tokens,
             budget_period=asked.period,
+            priority=asked.priority,
             expires_at=moment_of(asked.expires, time.time()) if asked.expires is not None else None,
         )
         return _with_secret(*await self._desk.create(wish, _actor(request)), status=201)

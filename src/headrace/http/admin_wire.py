@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from headrace.types import Scope
+from headrace.types import Priority, Scope
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Period = Literal["day", "month", "total"]
@@ -62,6 +62,7 @@ class NewKey(_Body):
     concurrency: Count | None = None
     budget_tokens: Count | None = None
     period: Period | None = None
+    priority: Priority | None = Field(None, description="The highest that its requests may have; default is `default`")
     expires: Annotated[str | float, AfterValidator(_a_moment)] | None = Field(None, description="30d, an ISO date, or Unix seconds")
 
 

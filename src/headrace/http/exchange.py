@@ -32,6 +32,10 @@ class Exchange:
     client_id: str | None = None
     content_type: bytes = b""
     cache_control: str = ""
+    timeout: str | None = None
+    """X-Request-Timeout, as sent."""
+    priority: str | None = None
+    """X-Headrace-Priority, as sent."""
     content_length: int | None = None
     """As announced; None where nothing was, or nonsense."""
     openai: bool = False
@@ -80,6 +84,10 @@ def open_exchange(scope: Scope, proxies: TrustedProxies) -> Exchange:
             exchange.content_type = value
         elif name == b"content-length":
             exchange.content_length = int(value) if value.isdigit() and len(value) < 19 else None
+        elif name == b"x-request-timeout":
+            exchange.timeout = value.decode("latin-1")
+        elif name == b"x-headrace-priority":
+            exchange.priority = value.decode("latin-1")
         elif name == b"x-client-request-id":
             exchange.client_id = printable(value)
         elif name == b"cache-control":

@@ -78,7 +78,10 @@ class Serving:
         cache: bool | None = None,
         key_required: bool = False,
     ) -> Call:
-        """A new call of this exchange. Raises `InvalidParameter` for headers that wish for nothing that is, and `Overloaded` once a server that stops refuses calls."""
+        """A new call of this exchange.
+
+        Raises `InvalidParameter` for headers that wish for what isn't there, and `Overloaded` once a server that stops refuses calls.
+        """
         if self.control.refusing:
             raise Overloaded("The server is shutting down.", retry_after=5)
         part = len(exchange.calls)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from headrace.config import ResilienceSection
-from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, Overloaded, UpstreamError
+from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, NotAdmitted, Overloaded, UpstreamError
 from headrace.policies.circuit import Circuit
 from headrace.policies.retry import RetryBudget, may_help, pause
 from headrace.served import ServedModel, ServedModels
@@ -173,6 +173,8 @@ class Asking:
     def _counts(self, error: HeadraceError) -> bool:
         """Whether it is the engine's failure. A refused request is the client's, and one that broke alone is its own; so is a deadline
         that the client set. An engine that is being started is the supervisor's matter, and is trusted once it is ready."""
+        if isinstance(error, NotAdmitted):
+            return False
         if isinstance(error, EngineDied):
             return True
         if self._model.status.state != "ready" or (isinstance(error, DeadlineExceeded) and self._client_deadline):

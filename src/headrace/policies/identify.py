@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from headrace.policies.callers import Callers
-from headrace.types import Call, Caller
+from headrace.types import PRIORITIES, Call, Caller, Priority
 
 
 class Identify:
@@ -29,6 +29,8 @@ def introduce(call: Call, caller: Caller) -> None:
     """Tell the call who its caller is."""
     call.identified = True
     call.tenant = caller.number
+    highest: Priority = "default" if caller.key is None else caller.key.priority
+    call.priority = min(call.priority, highest, key=PRIORITIES.index)
     if caller.key is not None and caller.tenant is not None:
         call.key = caller.key.id
         call.caller = caller.key

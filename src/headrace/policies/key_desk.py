@@ -108,6 +108,7 @@ def public(record: KeyRecord) -> dict[str, Any]:
         "all_tenants": record.all_tenants,
         "models": list(record.models),
         "scopes": sorted(record.scopes),
+        "priority": record.priority,
         **public_limits(record),
         "status": "revoked" if record.revoked_at is not None else "expired" if ended else "active",
         "created_at": record.created_at,

@@ -13,7 +13,7 @@ from typing import get_args
 import msgspec
 
 from headrace.errors import Forbidden, InvalidParameter
-from headrace.types import KeyRecord, LimitSpec, Scope
+from headrace.types import PRIORITIES, KeyRecord, LimitSpec, Priority, Scope
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _COUNTS = ("rpm", "tpm", "concurrency", "budget_tokens")
@@ -50,6 +50,8 @@ class Wish:
     budget_tokens: int | None = None
     budget_period: str | None = None
     expires_at: float | None = None
+    priority: Priority | None = None
+    """The ceiling of its requests; None is `default`, or the maker's own if that is lower."""
 
 
 def mint(wish: Wish, by: Actor, *, prefix: str, digest: bytes, now: float) -> KeyRecord:
@@ -76,6 +78,7 @@ def mint(wish: Wish, by: Actor, *, prefix: str, digest: bytes, now: float) -> Ke
         created_by=by.name,
         expires_at=expires_at,
         all_tenants=all_tenants,
+        priority=wish.priority or _ceiling(by),
     )
     refuse_broader(record, by)
     return record
@@ -93,6 +96,8 @@ def refuse_broader(record: KeyRecord, by: Actor) -> None:
             f"Your key doesn't have the scope {', '.join(sorted(record.scopes - own.scopes))}, so it can't make a key that does.",
             param="scopes",
         )
+    if PRIORITIES.index(record.priority) > PRIORITIES.index(own.priority):
+        raise Forbidden(f"Your key's highest priority is {own.priority}, so it can't make a key with a higher one.", param="priority")
     if own.models and (not record.models or set(record.models) - set(own.models)):
         raise Forbidden(f"Your key may use {', '.join(own.models)}, so it can't make a key for other models.", param="models")
     for name in _COUNTS:
@@ -105,6 +110,11 @@ def refuse_broader(record: KeyRecord, by: Actor) -> None:
         )
     if own.expires_at is not None and (record.expires_at is None or record.expires_at > own.expires_at):
         raise Forbidden("Your key expires before that, so it can't make a key that lives longer.", param="expires")
+
+
+def _ceiling(by: Actor) -> Priority:
+    """Of a key that names none."""
+    return "sheddable" if by.key is not None and by.key.priority == "sheddable" else "default"
 
 
 def limits_from(wanted: dict[str, int | str | None]) -> LimitSpec:

@@ -59,6 +59,7 @@ class Prepare:
                 sampling=call.sampling,
                 tenant=call.tenant,
                 timeout=timeout,
+                priority=call.priority,
                 messages=call.messages or (),
                 text=call.text,
             )
@@ -66,7 +67,12 @@ class Prepare:
             limit = context_length(model)
             prompt = await self._prompt(call, model, limit)
             call.request = GenerateRequest(
-                id=call.id, prompt=prompt, sampling=fit(call, len(prompt), limit), tenant=call.tenant, timeout=timeout
+                id=call.id,
+                prompt=prompt,
+                sampling=fit(call, len(prompt), limit),
+                tenant=call.tenant,
+                timeout=timeout,
+                priority=call.priority,
             )
             call.outcome.prompt_tokens = len(prompt)
         yield

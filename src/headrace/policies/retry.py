@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from headrace.errors import CircuitOpen, EngineDied, HeadraceError
+from headrace.errors import CircuitOpen, EngineDied, HeadraceError, NotAdmitted, QueueShareFull
 
 FIRST_PAUSE = 0.1
 """Seconds; the longest that the first retry waits."""
@@ -40,9 +40,10 @@ class RetryBudget:
 def may_help(error: HeadraceError) -> bool:
     """Whether the same request may succeed a moment later.
 
-    The engine's client has submitted a request again already where it ends with `EngineDied`, and an open circuit stays open for longer.
+    The engine's client has submitted a request again already where it ends with `EngineDied`, an open circuit stays open for longer, and a
+    full queue is best left alone.
     """
-    return error.retry and not isinstance(error, EngineDied | CircuitOpen)
+    return error.retry and not isinstance(error, EngineDied | CircuitOpen | NotAdmitted | QueueShareFull)
 
 
 def pause(retry: int, retry_after: float | None, draw: random.Random) -> float | None:

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from headrace.errors import DeadlineExceeded, HeadraceError, RateLimited, StoreUnavailable
+from headrace.errors import DeadlineExceeded, HeadraceError, NotAdmitted, QueueShareFull, RateLimited, StoreUnavailable
 from headrace.policies.ask_engine import MODEL_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.degrade import names_token_ids
@@ -178,7 +178,7 @@ async def _begin(call: Call, stack: AsyncExitStack, attempt: Attempt) -> AsyncIt
     except StopAsyncIteration:
         return _given([])
     except HeadraceError as error:
-        if asked and _others_may_do_better(error):
+        if (asked or isinstance(error, NotAdmitted | QueueShareFull)) and _others_may_do_better(error):
             return error
         raise
 

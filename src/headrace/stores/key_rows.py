@@ -7,7 +7,7 @@ from typing import Any, get_args
 import msgspec
 import sqlalchemy as sa
 
-from headrace.types import AuditEntry, KeyRecord, LimitSpec, Scope, TenantRecord
+from headrace.types import PRIORITIES, AuditEntry, KeyRecord, LimitSpec, Scope, TenantRecord
 
 _METADATA = sa.MetaData()
 _LIMITS = ("rpm", "tpm", "concurrency", "budget_tokens", "budget_period")
@@ -41,6 +41,7 @@ KEYS = sa.Table(
     sa.Column("expires_at", sa.Double),
     sa.Column("revoked_at", sa.Double),
     sa.Column("all_tenants", sa.Boolean),
+    sa.Column("priority", sa.String),
     sa.Column("changed", sa.BigInteger),
 )
 RETIRED = sa.Table(
@@ -95,6 +96,7 @@ def key_of(row: Any) -> KeyRecord:
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
         all_tenants=bool(row.all_tenants),
+        priority=row.priority if row.priority in PRIORITIES else "default",
     )
 
 

@@ -1,0 +1,266 @@
+"""Who may come into an engine's queue: keeps count of what waits and runs, measures how fast it goes, and decides by `headrace.waiting`.
+
+It stands in the worker, before the engine, because the worker alone sees the requests of all API processes; the requests themselves wait in
+the engine's scheduler, which takes them by rank and shares between tenants.
+
+The limit within which a request counts as prompt is not set by hand. It begins at half the target for the time to first token, and is
+corrected by what admitted requests then saw: cut where one came too close to the target, raised a little where they stay well below
+(additive increase, multiplicative decrease, as TCP does; Chiu and Jain, 1989).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from headrace.config import OverloadSection
+from headrace.errors import HeadraceError, Shed
+from headrace.types import PROMPT, EngineStats, GenerateRequest
+from headrace.waiting import Bounds, Line, Newcomer, Place, Queue, is_full, no_room, place, predicted_wait, rank_of, who_gives_way
+
+MEMORY = 3.0
+"""Seconds of waiting requests over which the speed of prompts is measured."""
+FIRST_SHARE, LEAST_SHARE, MOST_SHARE = 0.5, 0.1, 0.75
+"""Of the target, that may be predicted for a request that counts as prompt."""
+NEAR, FAR = 0.9, 0.6
+"""Of the target: an observed wait beyond the first cuts the limit, one below the second raises it."""
+CUT, RAISE = 0.85, 0.01
+CUT_INTERVAL = 0.5
+"""Seconds between cuts: those who wait already came in under the old limit."""
+_LATEST = 0.1
+"""Weight of the latest request in the averages of length and pace."""
+
+
+class Entry:
+    """A request in the engine."""
+
+    __slots__ = ("certain", "evict", "first_at", "generated", "line", "most", "received_at", "request", "sequences", "shed", "tokens")
+
+    def __init__(self, request: GenerateRequest, rank: int, received_at: float, evict: Callable[[], None]) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.line = request.tenant, rank
+        self.received_at = received_at
+        self.evict = evict
+        """Ends it in the engine."""
+        self.tokens = len(request.prompt)
+        self.sequences = sampling.n
+        self.most = sampling.max_tokens
+        self.certain = sampling.max_tokens if sampling.ignore_eos else min(sampling.min_tokens, sampling.max_tokens)
+        self.generated = 0
+        """Tokens, over all choices."""
+        self.first_at: float | None = None
+        self.shed: HeadraceError | None = None
+        """Why it was put out of the queue, if so."""
+
+
+class Admission:
+    """Counts requests from receipt to end. `slots`: most sequences that the engine runs at once, 0 where that isn't known."""
+
+    def __init__(self, section: OverloadSection, *, slots: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bounds = Bounds(section.max_queue_requests, section.max_queue_tokens, section.max_queue_wait)
+        self.refused = 0
+        """Requests that were not let in, or put out."""
+        self._target = section.ttft_target
+        self._share = FIRST_SHARE
+        self._cut_at = float("-inf")
+        self._slots = slots
+        self._clock = clock
+        self._waiting: dict[int, Entry] = {}
+        """By identity, in order of arrival."""
+        self._running: dict[int, Entry] = {}
+        self._lines: dict[tuple[int, int], list[int]] = {}
+        """Requests, sequences and tokens that wait, by tenant and rank."""
+        self._sequences_waiting = 0
+        self._sequences_running = 0
+        self._tokens_done = self._time_spent = 0.0
+        self._looked_at = clock()
+        self._length = 0.0
+        """Mean of the completions' lengths, tokens; 0 before the first."""
+        self._gap = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether any request waits for its first token."""
+        return bool(self._waiting)
+
+    def admit(self, request: GenerateRequest, evict: Callable[[], None], *, known: bool = False) -> Entry:
+        """Let a request in, for which others may have to go. Raises `NotAdmitted` and `QueueShareFull`.
+
+        One that is `known`, or that goes on after an engine's death, was let in before and is not asked again.
+        """
+        now = self._clock()
+        self._look(now)
+        entry = Entry(request, request.rank, now, evict)
+        if request.resume is None and not known:
+            newcomer = Newcomer.of(request)
+            queue = self.queue()
+            found = place(queue, self.bounds, newcomer)
+            if isinstance(found, Place) and is_full(queue, self.bounds, newcomer):
+                found = self._make_room(newcomer, found)
+            if not isinstance(found, Place):
+                self.refused += 1
+                raise found
+            entry.line = request.tenant, found.rank
+        self._enter(entry)
+        return entry
+
+    def progressed(self, entry: Entry, tokens: int) -> None:
+        """More of its tokens came out of the engine; the first ends its wait."""
+        entry.generated += tokens
+        if entry.first_at is None and tokens and id(entry) in self._waiting:
+            now = self._clock()
+            self._look(now)
+            self._leave_line(entry)
+            entry.first_at = now
+            self._running[id(entry)] = entry
+            self._sequences_running += entry.sequences
+            if entry.request.resume is None:
+                self._tokens_done += entry.tokens
+                if entry.line[1] % 2 == PROMPT:
+                    self._correct(now - entry.received_at, now)
+
+    def ended(self, entry: Entry) -> None:
+        """Nothing more comes of it. Idempotent."""
+        now = self._clock()
+        self._look(now)
+        if id(entry) in self._waiting:
+            self._leave_line(entry)
+        elif self._running.pop(id(entry), None) is not None:
+            self._sequences_running -= entry.sequences
+            assert entry.first_at is not None
+            length = entry.generated / entry.sequences
+            self._length += _LATEST * (length - self._length) if self._length else length
+            if length > 1:
+                gap = (now - entry.first_at) / (length - 1)
+                self._gap += _LATEST * (gap - self._gap) if self._gap else gap
+
+    def put_out(self, entry: Entry, why: HeadraceError) -> bool:
+        """End a request that waits; False if it doesn't wait any more."""
+        if id(entry) not in self._waiting:
+            return False
+        self.refused += 1
+        self._leave_line(entry)
+        entry.shed = why
+        entry.evict()
+        return True
+
+    def outwaited(self, entry: Entry) -> None:
+        """It has waited for as long as any may."""
+        self.put_out(
+            entry, Shed(f"It waited for {self.bounds.wait:g} s for its first token, the longest that is allowed.", retry_after=1.0)
+        )
+
+    def queue(self) -> Queue:
+        """A snapshot."""
+        gap = self._pace()
+        running = sorted([self._left(entry) * gap for entry in self._running.values() for _ in range(entry.sequences)])
+        mean = self._length or (sum([entry.most for entry in self._running.values()]) / len(self._running) if self._running else 0.0)
+        return Queue(
+            lines=tuple([Line(tenant, rank, *counts) for (tenant, rank), counts in self._lines.items()]),
+            slots=self._slots,
+            running=self._sequences_running,
+            frees=tuple(running),
+            seconds_each=mean * gap,
+            speed=self._speed(),
+            token_seconds=gap,
+            limit=self._share * self._target,
+        )
+
+    def wait(self) -> float:
+        """Seconds to the first token of a short `default` request of a new tenant, if it came in now."""
+        return predicted_wait(self.queue(), Newcomer(tenant=0, tokens=1), rank_of("default", PROMPT))
+
+    def stats(self, stats: EngineStats) -> EngineStats:
+        """The engine's, with what is known here."""
+        return msgspec.structs.replace(stats, predicted_wait=self.wait(), refused=self.refused)
+
+    # --- the queue ---
+
+    def _enter(self, entry: Entry) -> None:
+        self._waiting[id(entry)] = entry
+        line = self._lines.setdefault(entry.line, [0, 0, 0])
+        line[0] += 1
+        line[1] += entry.sequences
+        line[2] += entry.tokens
+        self._sequences_waiting += entry.sequences
+
+    def _leave_line(self, entry: Entry) -> None:
+        del self._waiting[id(entry)]
+        line = self._lines[entry.line]
+        line[0] -= 1
+        line[1] -= entry.sequences
+        line[2] -= entry.tokens
+        self._sequences_waiting -= entry.sequences
+        if not line[0]:
+            del self._lines[entry.line]
+
+    def _make_room(self, newcomer: Newcomer, found: Place) -> Place | HeadraceError:
+        """Put out as many as it takes, or nobody if that isn't enough."""
+        lines = dict(self._lines)
+        queue = self.queue()
+        going: list[Entry] = []
+        gone: set[int] = set()
+        while is_full(queue, self.bounds, newcomer):
+            line = who_gives_way(queue.lines, newcomer)
+            victim = None if line is None else self._latest(line, gone)
+            if victim is None:
+                return no_room(self.queue(), self.bounds, newcomer)
+            going.append(victim)
+            gone.add(id(victim))
+            requests, sequences, tokens = lines[victim.line]
+            lines[victim.line] = [requests - 1, sequences - victim.sequences, tokens - victim.tokens]
+            queue = Queue(lines=tuple([Line(tenant, rank, *counts) for (tenant, rank), counts in lines.items() if counts[0]]))
+        for victim in going:
+            wait = predicted_wait(self.queue(), Newcomer.of(victim.request), victim.line[1])
+            whose = "more important requests" if victim.line[1] < found.rank - 1 else "a tenant with fewer requests"
+            self.put_out(victim, Shed(f"The model's queue is full, and this request made room for {whose}.", retry_after=max(1.0, wait)))
+        return found
+
+    def _latest(self, line: Line, gone: set[int]) -> Entry | None:
+        key = line.tenant, line.rank
+        return next((entry for entry in reversed(self._waiting.values()) if entry.line == key and id(entry) not in gone), None)
+
+    # --- how fast it goes ---
+
+    def _look(self, now: float) -> None:
+        """Count the time since the last look, if prompts were what was waited for: while no slot is free it says nothing of their speed."""
+        spent = now - self._looked_at
+        self._looked_at = now
+        if spent <= 0 or not self._waiting or (self._slots and self._sequences_running >= self._slots):
+            return
+        kept = MEMORY / (MEMORY + spent)
+        self._tokens_done *= kept
+        self._time_spent = (self._time_spent + spent) * kept
+
+    def _speed(self) -> float:
+        return self._tokens_done / self._time_spent if self._time_spent > 1e-3 and self._tokens_done else 0.0
+
+    def _pace(self) -> float:
+        """Seconds between two tokens of a sequence: of those that ended, or of those that run where they are slower than that."""
+        now = self._clock()
+        paces = [
+            (now - entry.first_at) / max(1.0, entry.generated / entry.sequences - 1) for entry in self._running.values() if entry.first_at
+        ]
+        return max(self._gap, sum(paces) / len(paces)) if paces and not self._gap else self._gap
+
+    def _left(self, entry: Entry) -> float:
+        """Tokens that each of its sequences is expected to make yet: as requests make on average, or what it may if that is less."""
+        done = entry.generated / entry.sequences
+        most = max(1.0, entry.most - done)
+        if not self._length or entry.certain >= entry.most:
+            return most
+        expected = max(self._length, float(entry.certain)) - done
+        return min(most, expected if expected > 0 else self._length)
+
+    def _correct(self, waited: float, now: float) -> None:
+        if not self._target:
+            return
+        if waited > NEAR * self._target:
+            if now - self._cut_at >= CUT_INTERVAL:
+                self._cut_at = now
+                self._share = max(LEAST_SHARE, self._share * CUT)
+        elif waited < FAR * self._target:
+            self._share = min(MOST_SHARE, self._share + RAISE)

@@ -1,0 +1,52 @@
+"""A line in which the higher rank goes first, and within a rank the tenants take turns."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class FairLine(Generic[Item]):
+    """What waits for an engine that has no scheduler of its own."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, dict[int, deque[Item]]] = {}
+        """By rank and tenant; the tenant whose turn it is comes first."""
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, item: Item, *, rank: int, tenant: int) -> None:
+        self._ranks.setdefault(rank, {}).setdefault(tenant, deque()).append(item)
+        self._count += 1
+
+    def take(self) -> Item:
+        """The next one. Raises `ValueError` where nothing waits."""
+        rank = max(self._ranks)
+        tenants = self._ranks[rank]
+        tenant = next(iter(tenants))
+        line = tenants.pop(tenant)
+        item = line.popleft()
+        if line:
+            tenants[tenant] = line  # behind the others
+        elif not tenants:
+            del self._ranks[rank]
+        self._count -= 1
+        return item
+
+    def keep(self, wanted: Callable[[Item], bool]) -> None:
+        """Forget what isn't wanted."""
+        for rank, tenants in [*self._ranks.items()]:
+            for tenant, line in [*tenants.items()]:
+                kept = deque(item for item in line if wanted(item))
+                self._count -= len(line) - len(kept)
+                if kept:
+                    tenants[tenant] = kept
+                else:
+                    del tenants[tenant]
+            if not tenants:
+                del self._ranks[rank]

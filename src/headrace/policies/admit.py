@@ -1,0 +1,54 @@
+"""Refuses at once what the engine's worker would refuse, by what it last said of its queue: no bill, no reservation, no way to it and back.
+
+Where nothing fresh is known the request goes on, and the worker decides. It says something for as long as it refuses requests, so while a
+model is overloaded nearly all refusals are made here. Comes after the cache and after degrading: an answer that needs no engine, or another
+one, isn't refused for this one's queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol, runtime_checkable
+
+from headrace.errors import HeadraceError
+from headrace.served import ServedModels
+from headrace.types import Call, GenerateRequest
+from headrace.waiting import Bounds, Newcomer, Queue, is_full, no_room, place, who_gives_way
+
+
+@runtime_checkable
+class TellsCrowd(Protocol):
+    """The client of an engine that says how crowded its queue is."""
+
+    def crowd(self) -> tuple[Queue, Bounds] | None:
+        """The queue, if it is crowded and that is known of late."""
+        ...
+
+
+class Admit:
+    """Raises `NotAdmitted` and `QueueShareFull`."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    @asynccontextmanager
+    async def __call__(self, call: Call) -> AsyncIterator[None]:
+        if call.source is None and call.request is not None:
+            engine = self._models.find(call.served_model).engine
+            if isinstance(engine, TellsCrowd) and (crowd := engine.crowd()) is not None:
+                refusal = foreseen(*crowd, call.request)
+                if refusal is not None:
+                    raise refusal
+        yield
+
+
+def foreseen(queue: Queue, bounds: Bounds, request: GenerateRequest) -> HeadraceError | None:
+    """Why the worker would refuse the request, if so; where it might put out another for it, it is asked."""
+    newcomer = Newcomer.of(request)
+    found = place(queue, bounds, newcomer)
+    if isinstance(found, HeadraceError):
+        return found
+    if is_full(queue, bounds, newcomer) and who_gives_way(queue.lines, newcomer) is None:
+        return no_room(queue, bounds, newcomer)
+    return None
