@@ -225,6 +225,8 @@ class _Engines:
             "headrace_engine_completion_tokens": ("Tokens that the engine generated", lambda s: s.completion_tokens),
             "headrace_prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache", lambda s: s.cached_tokens),
             "headrace_preemptions": ("Sequences set back because KV blocks ran out", lambda s: s.preemptions),
+            "headrace_guessed_tokens": ("Tokens computed on the guess that they come next", lambda s: s.guessed_tokens),
+            "headrace_guessed_right_tokens": ("Guessed tokens that came true, each a step saved", lambda s: s.right_tokens),
         }
         stats = [(served.public_name, served.engine.stats()) for served in self._models]
         for name, (text, read) in gauges.items():
