@@ -40,7 +40,7 @@ class Worker:
 
     async def live(self, engine: Engine, **more: Any) -> None:
         self.engine = engine
-        self.server = server = EngineServer(engine, pid=1, **more)
+        self.server = server = EngineServer(engine, **{"pid": 1, **more})
 
         def accept() -> asyncio.Protocol:
             protocol: Any = server.accept()

@@ -72,6 +72,7 @@ class Driven:
         context_length: int = 200,
         memory: int = 0,
         prompt_lookup: bool = True,
+        deterministic: bool = False,
     ) -> None:
         self.now = 0.0
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, memory=memory)
@@ -83,6 +84,7 @@ class Driven:
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
             prompt_lookup=prompt_lookup,
+            deterministic=deterministic,
             clock=lambda: self.now,
         )
         self.answers: dict[str, Answer] = {}
