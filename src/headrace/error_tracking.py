@@ -32,7 +32,9 @@ MOST = 1000
 DETAIL_LENGTH = 200
 
 _OURS = "headrace"
-_VARYING = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|«[^»]*»|\d+\.\d+|(?<![0-9A-Za-z])(?=[0-9a-f]*\d)[0-9a-f]{8,}(?![0-9A-Za-z])|\d{4,}""")
+_QUOTED = re.compile(r"""(?<!\w)['"`«](?:.*['"`»](?!\w)|.*)""")
+"""From the first quotation mark to the last one: what is quoted may hold quotation marks, too."""
+_VARYING = re.compile(r"\d+\.\d+|(?<![0-9A-Za-z])(?=[0-9a-f]*\d)[0-9a-f]{8,}(?![0-9A-Za-z])|\d{4,}")
 _VALUE = re.compile(r"""[(<'":{=[\n]""")
 _REASONS = ("why", "reason")
 """Fields of log lines that hold our own words."""
@@ -40,7 +42,7 @@ _REASONS = ("why", "reason")
 
 def steady(text: str) -> str:
     """What is the same each time that a message of ours is made: without what it quotes, long numbers and ids."""
-    return _VARYING.sub("…", text.partition("\n")[0])[:DETAIL_LENGTH].encode("utf-8", "replace").decode()
+    return _VARYING.sub("…", _QUOTED.sub("…", text.partition("\n")[0]))[:DETAIL_LENGTH].encode("utf-8", "replace").decode()
 
 
 def frames_of(error: BaseException) -> tuple[str, ...]:
@@ -173,12 +175,12 @@ class ErrorTracker:
     def watch_log(self, event: MutableMapping[str, Any]) -> None:
         """Note what a log line says that is an error, or a failure that was survived: a warning with a reason or an exception.
 
-        Errors of requests are noted where the request ends, which knows more; in an engine's process, which knows no such place, all are.
+        What made a request fail is noted where the request ends, which knows more; an engine's process knows no such place.
         """
         level = event.get("level")
         if level not in ("error", "critical") and not (level == "warning" and ("reason" in event or "exc_info" in event)):
             return
-        if self.process == "api" and "request_id" in event:
+        if self.process == "api" and level != "warning" and "request_id" in event:
             return
         error = _exception(event)
         said = str(event.get("event", ""))
