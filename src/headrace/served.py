@@ -38,7 +38,7 @@ class ServedModel:
     @property
     def public_name(self) -> str:
         """The name that answers carry: the operator's alias if there is one."""
-        return self.files.aliases[0] if self.files.aliases else self.files.name
+        return self.files.public_name
 
 
 class ServedModels:

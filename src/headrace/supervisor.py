@@ -280,7 +280,7 @@ class Supervisor:
             await started.wait()
         url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
-        name = self._files.aliases[0] if self._files.aliases else self._files.name
+        name = self._files.public_name
         if sys.stderr.isatty():
             for note in self._files.notes:
                 sys.stderr.write(f"{note}\n")
@@ -404,13 +404,13 @@ class Supervisor:
             reason = status.reason if down else None
             if files.name in open_circuits and status.state == "ready":
                 reason = "Its requests failed too often of late, and its circuit breaker keeps them away from it."
-            said.append((files.aliases[0] if files.aliases else files.name, reason))
+            said.append((files.public_name, reason))
         return said
 
     def _processes(self) -> dict[str, object]:
         workers = []
         for files, worker in zip(self._models, self._workers, strict=True):
-            workers += worker.listings(files.name)
+            workers += worker.listings(files.public_name)
         apis = [line for api in self._apis if (line := listing(api)) is not None]
         return {
             "workers": workers,

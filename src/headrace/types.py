@@ -258,6 +258,11 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     """Lines to say at start, such as that this is a small demonstration model."""
 
+    @property
+    def public_name(self) -> str:
+        """The name that answers, figures and lists carry: the operator's alias if there is one."""
+        return self.aliases[0] if self.aliases else self.name
+
 
 ServedFrom = Literal["engine", "cache", "shared"]
 

@@ -152,7 +152,7 @@ async def _run(beginning: Beginning) -> None:
     beating = asyncio.create_task(_beat(pulse), name="pulse")
     files = setup.models[0]
     tracker = ErrorTracker(
-        "engine", lambda errors: control.send(ErrorsNoted(errors)), model=files.aliases[0] if files.aliases else files.name
+        "engine", lambda errors: control.send(ErrorsNoted(errors)), model=files.public_name
     )
     logs.watch(tracker.watch_log)
     try:
