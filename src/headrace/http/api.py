@@ -19,6 +19,7 @@ from headrace.http.admin import Admin
 from headrace.http.admin_cache import AdminCache
 from headrace.http.admin_errors import AdminErrors
 from headrace.http.admin_keys import AdminKeys
+from headrace.http.application import Application
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
 from headrace.http.docs import JSON_OBJECT, JSON_OR_STREAM, OPENAI_ERROR, STREAM, document, takes
@@ -84,7 +85,7 @@ def create_api(
     metrics = Metrics(models, control)
     if books is not None:
         books.away_told = metrics.ledger_away.set
-    app = FastAPI(
+    app = Application(
         title="Headrace",
         version=__version__,
         description="A language model over HTTP: the tutorial's own routes, and OpenAI's under /v1.",
@@ -94,6 +95,8 @@ def create_api(
         swagger_ui_oauth2_redirect_url=None,
         # A redirect would be to the address in the Host header, which anyone can write.
         redirect_slashes=False,
+        # It would ask on every request whether somebody has set up OpenTelemetry.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger), AdminErrors(errors))
     document(app)

@@ -162,7 +162,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        return _joined("", parts)
+        texts = list(parts)
+        if sum(map(len, texts)) > LARGEST:
+            raise SecurityError("the text is too long")
+        return "".join(texts)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -267,12 +270,15 @@ class Watchdog:
     """
 
     _TICK = 0.05
+    _LINGER = 40
+    """Ticks that it stays awake with nothing to watch: to wake a thread costs as much as rendering a short conversation does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watched: dict[int, float] = {}
         self._fired: set[int] = set()
         self._wake = threading.Event()
+        self._awake = False
         self._started = False
 
     @contextmanager
@@ -280,9 +286,10 @@ class Watchdog:
         """Raises `TemplateRanAway` in this thread if the block takes longer. Not to be nested."""
         me = threading.get_ident()
         self._watched[me] = time.monotonic() + seconds
-        if not self._started:
-            self._start()
-        self._wake.set()
+        if not self._awake:
+            if not self._started:
+                self._start()
+            self._wake.set()
         try:
             yield
         finally:
@@ -305,17 +312,24 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             self._wake.wait()
-            while self._watched:
-                time.sleep(self._TICK)
-                now = time.monotonic()
-                with self._lock:
-                    for thread, deadline in list(self._watched.items()):
-                        if now > deadline and thread not in self._fired:
-                            self._fired.add(thread)
-                            _raise_in(thread, TemplateRanAway)
             self._wake.clear()
-            if self._watched:
+            self._awake = True
+            idle = 0
+            while idle < self._LINGER:
+                time.sleep(self._TICK)
+                idle = 0 if self._watched else idle + 1
+                self._fire()
+            self._awake = False
+            if self._watched:  # it began when we still looked awake
                 self._wake.set()
+
+    def _fire(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for thread, deadline in list(self._watched.items()):
+                if now > deadline and thread not in self._fired:
+                    self._fired.add(thread)
+                    _raise_in(thread, TemplateRanAway)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
