@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.errors import DeadlineExceeded, HeadraceError
+from headrace.errors import DeadlineExceeded, DeadlineUnmeetable, HeadraceError
 from headrace.http.exchange import Exchange
 from headrace.http.failures import Failure, model_name
 from headrace.policies.alert_rules import RequestCounts
@@ -69,6 +69,6 @@ class RequestTally:
 
 
 def _our_fault(call: Call | None, error: Exception) -> bool:
-    if isinstance(error, DeadlineExceeded) and call is not None and call.timeout is not None:
-        return False
+    if isinstance(error, DeadlineUnmeetable) or (isinstance(error, DeadlineExceeded) and call is not None and call.timeout is not None):
+        return False  # the deadline is the client's
     return not isinstance(error, HeadraceError) or error.status >= 500

@@ -1,4 +1,4 @@
-"""When an alert fires and when it clears: error share, queue time, engine down, budget nearly spent. Pure: times come in, changes go out."""
+"""When an alert fires and when it clears: error share, queue time, engine down, budget nearly spent. Time comes in, changes go out."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class _Finding:
 
 
 class AlertBoard:
-    """All alerts of one server. `clock` is monotonic and says for how long things are true; `wall` is Unix time, for the alerts themselves."""
+    """All alerts of one server. `clock` is monotonic and says for how long things are true; `wall` is Unix time, for what is told."""
 
     def __init__(self, rules: AlertRules, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self.rules = rules
