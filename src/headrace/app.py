@@ -56,6 +56,7 @@ from headrace.errors import ConfigError, ConfigRefused, EngineUnavailable, Headr
 from headrace.http.api import create_api
 from headrace.http.leaving import LAST_CALL, LeavingServer
 from headrace.http.request_tally import RequestTally
+from headrace.http.slow_readers import Connection, SlowReaders, hold_little
 from headrace.journey import Journey
 from headrace.models.template import load_template
 from headrace.models.tokenizer import load_tokenizer
@@ -347,7 +348,7 @@ async def _run(beginning: Beginning) -> None:
     )
     uvicorn_config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -361,6 +362,9 @@ async def _run(beginning: Beginning) -> None:
         uvicorn_config.load()
         uvicorn_config.ssl = tls.context
     server = link.server = LeavingServer(uvicorn_config)
+    slow = SlowReaders(config.server.slow_client_timeout, server.server_state.connections)
+    server.background.append(asyncio.create_task(slow.run(), name="slow readers"))
+    hold_little(beginning.listening)
     if tls is not None:
         server.background.append(asyncio.create_task(_watch_certificate(tls), name="certificate"))
     server.background.append(asyncio.create_task(_tell_of_requests(link, tally, rules), name="request counts"))

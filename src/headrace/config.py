@@ -33,6 +33,9 @@ class ServerSection(Section):
     max_body_mib: float = Field(8.0, gt=0, le=1024, description="Largest request body, in MiB; larger ones get 413")
     request_timeout: float = Field(600.0, gt=0, description="Seconds a request may take from receipt to its last token")
     drain_timeout: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at SIGTERM or Ctrl-C")
+    slow_client_timeout: float = Field(
+        30.0, gt=0, le=86_400, description="Seconds after which a client that reads nothing of its answer is cut off"
+    )
     keepalive_interval: float = Field(15.0, gt=0, description="Seconds between SSE comments while a stream waits")
     cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from; * for any")
     docs: bool = Field(True, description="Serve /docs and /openapi.json")

@@ -15,6 +15,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import Literal
 
 import msgspec
 import structlog
@@ -43,6 +44,14 @@ from headrace.waiting import Bounds, Queue
 
 CROWD_FRESH = 0.25
 """Seconds for which a worker's word on its crowded queue counts."""
+HELD = 16 * 1024
+"""Bytes of a stream's events, by `_weight`, that wait for whoever reads them before it is found to be slow."""
+HELD_WITHOUT_REST = 64 * 1024
+"""Likewise, before a stream is ended that an engine can't let rest."""
+PORTION = 4 * 1024
+"""Bytes of a stream's events, likewise, that a slow reader gets at once."""
+SLOW = 0.02
+"""Seconds in which a reader that is only busy has read."""
 GRACE = 1.0
 """Seconds after a deadline in which the worker may still end a request itself, and say where the time went."""
 ADRIFT = 0.02
@@ -58,6 +67,7 @@ class _Stream:
     __slots__ = (
         "asked_at",
         "began",
+        "behind_since",
         "cached",
         "deadline",
         "done",
@@ -67,9 +77,11 @@ class _Stream:
         "generated",
         "got_on",
         "handle",
+        "held",
         "model",
         "pending",
         "request",
+        "rest",
         "scored",
         "seen",
         "slot",
@@ -85,7 +97,13 @@ class _Stream:
         self.handle = handle
         self.deadline = now + (patience if request.timeout is None else request.timeout)
         self.pending: list[Event] = []
-        """Arrived and not read; a slow reader finds them in one batch."""
+        """Arrived and not read."""
+        self.held = 0
+        """Their weight, as far as they came while others were waiting to be read."""
+        self.behind_since = 0.0
+        """When there were first too many of them; 0 is not."""
+        self.rest: Literal["no", "coming", "now"] = "no"
+        """Whether it waits for its reader: `coming` until its worker has let go of it."""
         self.began = False
         """True once a worker has sent anything for it."""
         self.generated: list[list[int]] = [[] for _ in range(request.sampling.n)]
@@ -195,6 +213,8 @@ class EngineClient:
         self._handles = itertools.count(1)
         self._submitted: dict[int, _Stream] = {}
         self._waiting: dict[int, _Stream] = {}
+        self._resting: set[_Stream] = set()
+        """They wait for their readers, and no worker has them."""
         self._connection: FrameConnection[FromWorker] | None = None
         """Set from a worker's hello to the end of its connection."""
         self._keeper: asyncio.Task[None] | None = None
@@ -256,7 +276,7 @@ class EngineClient:
     def end_all(self, error: HeadraceError) -> None:
         """End every request with `error`, and refuse new ones with it."""
         self._closed = error
-        for stream in [*self._waiting.values(), *self._submitted.values()]:
+        for stream in [*self._waiting.values(), *self._submitted.values(), *self._resting]:
             stream.fail(error)
 
     async def close(self) -> None:
@@ -285,7 +305,10 @@ class EngineClient:
             while True:
                 if stream.pending:
                     batch = stream.pending
-                    stream.pending = []
+                    if stream.held:
+                        batch = _portion(batch)
+                    stream.pending = stream.pending[len(batch) :]
+                    self._was_read(stream)
                     if stream.slot is not None and stream.slot >= 0:
                         stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
                     yield batch
@@ -322,6 +345,7 @@ class EngineClient:
             request = msgspec.structs.replace(request, timeout=max(0.001, stream.deadline - now))
         if stream.began:
             request = self._resumed(stream, request)
+        stream.rest = "no"
         stream.got_on = False
         stream.submitted_at = now
         stream.asked_at = stream.asked_at or now
@@ -349,7 +373,10 @@ class EngineClient:
     def _forget(self, stream: _Stream) -> None:
         if stream.timer is not None:
             stream.timer.cancel()
-        if self._waiting.pop(stream.handle, None) is not None:
+        if stream in self._resting:
+            self._resting.discard(stream)
+            self._counted(stream, None, cut=True)
+        elif self._waiting.pop(stream.handle, None) is not None:
             self._counted(stream, None)
         elif self._submitted.pop(stream.handle, None) is not None and self._connection is not None:
             self._left[stream.handle] = stream
@@ -375,12 +402,69 @@ class EngineClient:
                 stream.fail(EngineUnavailable(f"No engine was ready within {self._patience:g} s.", retry_after=5))
             else:
                 stream.fail(DeadlineExceeded(f"The engine was not ready within the request's {stream.request.timeout:g} s."))
+        elif stream.rest == "now":
+            if stream.request.timeout is not None:
+                why = "The answer was read so slowly that the request took longer"
+                stream.fail(DeadlineExceeded(f"{why} than its {stream.request.timeout:g} s."))
         elif stream.handle in self._submitted and stream.request.timeout is not None:
             loop = asyncio.get_running_loop()
             if loop.time() < stream.deadline + GRACE:
                 stream.timer = loop.call_at(stream.deadline + GRACE, self._at_deadline, stream)
             else:
                 stream.fail(DeadlineExceeded(f"The request took longer than its {stream.request.timeout:g} s."))
+
+    # Readers that are slow
+
+    def _is_behind(self, stream: _Stream, connection: FrameConnection[FromWorker]) -> None:
+        """More waits than is held for anybody: unless the reader was only busy, let the stream rest, out of the engine's way."""
+        assert self._card is not None
+        now = asyncio.get_running_loop().time()
+        stream.pending = _merged(stream.pending)
+        stream.held = sum(map(_weight, stream.pending))
+        stream.behind_since = stream.behind_since or now
+        if stream.rest != "no" or now - stream.behind_since < SLOW or len(stream.ended) == len(stream.generated):
+            return
+        if "resume" in self._card.capabilities:
+            stream.rest = "coming"
+            connection.send(Cancel(stream.handle))
+        elif stream.held > HELD_WITHOUT_REST:
+            stream.fail(EngineUnavailable("The answer was not read fast enough, and this engine can't wait."))
+
+    def _rests(self, stream: _Stream, report: Report | None) -> None:
+        """The worker has let go of it, and made no more than has arrived, or nobody has seen."""
+        assert self._card is not None
+        if len(stream.ended) == len(stream.generated):
+            self._complete(stream)
+            return
+        stream.rest = "now"
+        self._resting.add(stream)
+        stream.model = stream.model or self._card.fingerprint
+        stream.cached = stream.cached or (0 if report is None else report.cached_tokens)
+        if self._meters is not None:
+            self._meters.restart(stream.request.id, stream.tokens)
+        if not stream.pending:
+            self._was_read(stream)
+
+    def _was_read(self, stream: _Stream) -> None:
+        """A portion was taken; a stream that rests goes on once all were."""
+        stream.behind_since = 0.0
+        if stream.pending:
+            return
+        stream.held = 0
+        if stream.rest != "now":
+            return
+        stream.rest = "no"
+        self._resting.discard(stream)
+        stream.handle = next(self._handles)
+        self._waiting[stream.handle] = stream
+        refusal = self._closed or self._unavailable
+        if refusal is not None:
+            stream.fail(refusal)
+        elif self._connection is not None:
+            try:
+                self._submit(stream, self._connection, waited=True)
+            except HeadraceError as error:
+                stream.fail(error)
 
     # The connection
 
@@ -429,6 +513,9 @@ class EngineClient:
                     events[-1] = stream.whole(events[-1])
                 if stream.pending:
                     stream.pending += events
+                    stream.held += sum(map(_weight, events))
+                    if stream.held > HELD:
+                        self._is_behind(stream, connection)
                 else:
                     stream.pending = events
                 if type(report := events[-1]) is Report:
@@ -451,6 +538,8 @@ class EngineClient:
             left = self._left.pop(message.handle, None)
             if left is not None:
                 self._counted(left, message.report, cut=True)
+            elif (resting := self._submitted.pop(message.handle, None)) is not None:
+                self._rests(resting, message.report)
         elif isinstance(message, Hello):
             self._hello(message, connection)
         elif isinstance(message, Crowded):
@@ -586,6 +675,45 @@ class EngineClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _weight(event: Event) -> int:
+    """Bytes of memory that an event takes, or so."""
+    if type(event) is Delta:
+        weight = 200 + 36 * len(event.tokens) + len(event.text)
+        if event.logprobs:
+            weight += sum([200 + 200 * len(each.top) for each in event.logprobs])
+        return weight
+    return 200 + 200 * len(event.scores) if type(event) is PromptScores else 200
+
+
+def _portion(events: list[Event]) -> list[Event]:
+    """The first of them, as many as are worth a write."""
+    weight = 0
+    for number, event in enumerate(events):
+        if weight > PORTION:
+            return events[:number]
+        weight += _weight(event)
+    return events
+
+
+def _merged(events: list[Event]) -> list[Event]:
+    """Deltas that follow each other in one, a portion each, where nothing but tokens and text is in them."""
+    merged: list[Event] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if (
+            type(event) is Delta
+            and type(last) is Delta
+            and last.choice == event.choice
+            and last.finish is None
+            and not (last.logprobs or event.logprobs)
+            and _weight(last) < PORTION
+        ):
+            merged[-1] = Delta(last.choice, last.index, last.tokens + event.tokens, last.text + event.text, event.finish, event.stop_reason)
+        else:
+            merged.append(event)
+    return merged
 
 
 def _lives(pid: int) -> bool:

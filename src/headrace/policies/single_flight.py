@@ -15,11 +15,16 @@ from headrace.errors import DeadlineExceeded
 from headrace.policies.stored_answer import StoredAnswer
 from headrace.types import Call, Delta, Event, Report
 
+AHEAD = 8
+"""Batches that a generation may be ahead of whoever has read most of it."""
+AT_ONCE = 8
+"""Most batches that a listener is given in one."""
+
 
 class Generation:
     """One run of an engine, and those who listen to it. Its task ends with the source, or when nobody listens any more."""
 
-    __slots__ = ("_task", "batches", "error", "first", "generated", "listeners", "over", "payer", "prompt_paid", "stored")
+    __slots__ = ("_task", "batches", "error", "first", "generated", "listeners", "over", "payer", "prompt_paid", "room", "stored")
 
     def __init__(self, first: Call, source: AsyncIterator[list[Event]]) -> None:
         self.first = first
@@ -33,6 +38,8 @@ class Generation:
         self.generated = 0
         self.prompt_paid = False
         self.stored = False
+        self.room = asyncio.Event()
+        """Set whenever a listener has read on, or come, or gone."""
         self._task = asyncio.create_task(self._run(source), name=f"generation {first.id}")
 
     @property
@@ -80,6 +87,10 @@ class Generation:
             async with _closing(source):
                 async for batch in source:
                     self._took(batch)
+                    while len(self.batches) - max([listener.at for listener in self.listeners], default=0) > AHEAD:
+                        # Nobody reads as fast as that. What is generated meanwhile is the engine client's to hold back.
+                        self.room.clear()
+                        await self.room.wait()
         except asyncio.CancelledError as error:
             self.error = error
             raise
@@ -117,12 +128,13 @@ class Listener:
     Raises the generation's error, and `DeadlineExceeded` at the call's own deadline.
     """
 
-    __slots__ = ("_at", "_late", "_timeout", "_timer", "_waiter", "call", "generation")
+    __slots__ = ("_late", "_timeout", "_timer", "_waiter", "at", "call", "generation")
 
     def __init__(self, generation: Generation, call: Call, timeout: float | None) -> None:
         self.generation = generation
         self.call = call
-        self._at = 0
+        self.at = 0
+        """Batches that it was given."""
         self._timeout = timeout
         self._waiter: asyncio.Future[None] | None = None
         self._late = False
@@ -134,11 +146,12 @@ class Listener:
     async def __anext__(self) -> list[Event]:
         generation = self.generation
         while True:
-            if self._at < len(generation.batches):
-                if self._at == 0 and generation.first is not self.call:
+            if self.at < len(generation.batches):
+                if self.at == 0 and generation.first is not self.call:
                     self._as_the_first_was_served(generation.first)
-                new = generation.batches[self._at :]
-                self._at += len(new)
+                new = generation.batches[self.at : self.at + AT_ONCE]
+                self.at += len(new)
+                generation.room.set()
                 return self._told(new)
             if generation.over:
                 if generation.error is not None:
