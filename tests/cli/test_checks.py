@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.checks import check_address, check_cores, check_disk, check_fit, check_memory, check_packages, check_processor
+from headrace.cli.checks import (
+    check_address,
+    check_cores,
+    check_disk,
+    check_fit,
+    check_memory,
+    check_packages,
+    check_processor,
+    check_speed,
+)
 from headrace.cli.fit import Fit, measure
 from headrace.cli.machine import Memory
 from headrace.config import AccessSection, Config, EngineSection, ModelSection, ServerSection
@@ -138,3 +147,15 @@ def test_address() -> None:
     assert check_address(Config(server=open_to_all, access=AccessSection(insecure_no_auth=True))).status == "warning"
     assert check_address(Config(server=open_to_all, access=AccessSection(api_keys=("sk-a",)))).status == "ok"  # type: ignore[arg-type]
     assert check_address(Config(server=ServerSection(host="no.such.host.invalid", port=0))).status == "failed"
+
+
+def test_speed_is_bandwidth_over_weights() -> None:
+    small, large = (check_speed(Config(), Fit("model", weights=size), memory(8)) for size in (100_000_000, 50_000_000_000))
+    assert [check.status for check in (*small, *large)] == ["ok", "warning"]
+    bandwidth = small[0].facts["bytes_per_second"]
+    assert isinstance(bandwidth, int)
+    assert bandwidth > 10**8
+    assert small[0].facts["tokens_per_second"] == pytest.approx(bandwidth / 1e8, abs=0.1)
+    assert check_speed(Config(), Fit("echo"), memory(8)) == []
+    assert check_speed(Config(), None, memory(8)) == []
+    assert check_speed(Config(), Fit("model", weights=1), Memory(total=GIB, available=GIB // 10)) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from headrace.config import ModelSection
 from headrace.errors import ModelError
-from headrace.models import catalog
+from headrace.models import catalog, superseded
 from headrace.models.byte_tokenizer import CHATML
 from headrace.models.resolve import local_models, pull, resolve
 from headrace.models.template import load_template
@@ -263,3 +264,25 @@ def test_the_default_model_is_found_again_offline(default_model: ModelFiles) -> 
     assert default_model.context_length == 8192
     assert "demonstration" in default_model.notes[0]
     assert pull(catalog.DEFAULT, ModelSection(model="echo", offline=True)).folder == default_model.folder
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen-7B-Chat", "THUDM/chatglm3-6b", "hf:thudm/ChatGLM2-6B", "ms:ZhipuAI/chatglm3-6b"])
+def test_the_tutorials_models_are_answered_with_what_takes_their_place(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="trust_remote_code") as refused:
+        resolve(section(tmp_path, name))
+    instead = re.search(r"`headrace serve (\S+)`", refused.value.message)
+    assert instead is not None
+    entry = catalog.find(instead[1])
+    assert entry is not None
+    assert "Chinese" in entry.languages
+
+
+def test_all_that_is_superseded_has_a_model_in_its_place() -> None:
+    assert all(name == name.lower() and catalog.find(instead) is not None for name, instead in superseded._INSTEAD.items())
+    assert superseded.find("Qwen/Qwen3-8B") is None
+
+
+def test_who_trusts_remote_code_is_asked_no_further(tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(ModelError) as refused:
+        resolve(section(tmp_path, "THUDM/chatglm3-6b", trust_remote_code=True, offline=True))
+    assert "offline" in refused.value.message

