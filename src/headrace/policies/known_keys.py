@@ -14,6 +14,7 @@ from typing import TypeVar
 import structlog
 
 from headrace.errors import StoreUnavailable
+from headrace.logs import REQUEST_ID
 from headrace.ports import Keys
 from headrace.types import KnownKey
 
@@ -108,6 +109,7 @@ class KnownKeys:
         return self._checking
 
     async def _check(self) -> None:
+        REQUEST_ID.set("")  # it works for all, whoever was the first
         began = self._checked = self._clock()
         try:
             changes = await asyncio.wait_for(self._keys.changes(self._version), CHECK_TIMEOUT)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import structlog
 
 from headrace.errors import StoreUnavailable
+from headrace.logs import REQUEST_ID
 from headrace.ports import Cache, Sized
 from headrace.stores.cache_memory import MemoryCache
 from headrace.types import CacheSize, CacheTags
@@ -193,6 +194,7 @@ class CacheLevels:
 
     async def _look_for_marks(self) -> None:
         assert self._second is not None
+        REQUEST_ID.set("")  # it works for all, whoever was the first
         first = True
         while True:
             try:

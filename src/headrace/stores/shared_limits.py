@@ -29,6 +29,7 @@ from headrace.claims import (
     Unseeded,
 )
 from headrace.errors import StoreUnavailable
+from headrace.logs import REQUEST_ID
 from headrace.stores.limits_apart import LimitsApart
 
 KNOWN = 10_000
@@ -240,6 +241,7 @@ class SharedLimits:
 
     async def _fly(self) -> None:
         """One exchange at a time; what comes up meanwhile goes with the next."""
+        REQUEST_ID.set("")  # it works for all, whoever was the first
         try:
             while self._outbox:
                 batch, self._outbox = self._outbox[:MOST_AT_ONCE], self._outbox[MOST_AT_ONCE:]
@@ -334,6 +336,7 @@ class SharedLimits:
             return
 
     async def _renew(self) -> None:
+        REQUEST_ID.set("")  # it works for all, whoever was the first
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
             ids = tuple(id for id, running in self._running.items() if not running.apart)
