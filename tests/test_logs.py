@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -121,3 +122,37 @@ def test_a_file_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
     file.write(b"line\n")
     file.close()
     assert (tmp_path / "server.log").read_text() == "line\n"
+
+
+def test_every_line_of_a_request_has_its_id() -> None:
+    async def request(id: str) -> None:
+        logs.REQUEST_ID.set(id)
+        await asyncio.sleep(0)
+        structlog.get_logger().info("ours", number=id)
+        structlog.get_logger().info("explicit", request_id="req_x", number="req_x")
+        logging.getLogger("elsewhere").warning("a library's")
+        await asyncio.create_task(below(id))
+
+    async def below(id: str) -> None:
+        structlog.get_logger().info("a task of its own", number=id)
+
+    async def both() -> None:
+        await asyncio.gather(request("req_1"), request("req_2"))
+        structlog.get_logger().info("outside")
+
+    out = io.StringIO()
+    logs.configure(LogSection(), "api", stream=out)
+    asyncio.run(both())
+    said = lines(out)
+    assert "request_id" not in said.pop()
+    assert len(said) == 8
+    assert all(line["request_id"] == line.get("number", line["request_id"]) for line in said)
+    assert {line["request_id"] for line in said} == {"req_1", "req_2", "req_x"}
+    assert [line["request_id"] for line in said if line["event"] == "a library's"] == ["req_1", "req_2"]
+
+
+def test_a_library_says_which_request() -> None:
+    out = io.StringIO()
+    logs.configure(LogSection(), "engine", stream=out)
+    logging.getLogger("engine").warning("it failed", extra={"request_id": "req_1"})
+    assert lines(out)[0]["request_id"] == "req_1"
