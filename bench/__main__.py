@@ -28,6 +28,8 @@ NAMES = (
     "prefix",
     "cached_answer",
     "ledger_after_kills",
+    "engine_pause",
+    "overload",
 )
 
 

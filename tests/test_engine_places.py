@@ -211,7 +211,7 @@ async def test_it_gives_up_after_a_while_and_recovers_by_itself(tmp_path: Path) 
 
 def test_a_standby_for_a_remote_engine_is_refused() -> None:
     remote = ModelFiles(name="remote", kind="remote", url="https://llm.example.org/v1")
-    with pytest.raises(ConfigError, match="makes no sense for https://llm.example.org/v1"):
+    with pytest.raises(ConfigError, match=r"makes no sense for https://llm\.example\.org/v1"):
         check_standby(ResilienceSection(standby=True), remote)
     check_standby(ResilienceSection(), remote)
     check_standby(ResilienceSection(standby=True), ModelFiles(name="echo", kind="echo"))

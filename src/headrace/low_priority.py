@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-NICENESS = 10
+NICENESS = 5
 _CAP_SYS_NICE = 23
 _AUTOGROUP = Path("/proc/self/autogroup")
 
