@@ -41,6 +41,10 @@ def check(config: Config) -> None:
         raise ConfigError("fallbacks: `cache` needs response_cache = on.")
 
 
+_OF_ONE_MODEL = {"name": None, "context": None, "engine": "auto", "quantize": None, "dtype": "auto", "device": "auto"}
+"""What is said of the default model, and not of those that stand in for it."""
+
+
 class _Lineup:
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -69,7 +73,7 @@ class _Lineup:
         """The name of the model of that name or address."""
         known = self._names.get(address)
         if known is None:
-            known = self._add(self._config.model.model_copy(update={"model": address, "name": None, "context": None}))
+            known = self._add(self._config.model.model_copy(update={"model": address, **_OF_ONE_MODEL}))
         return known
 
     def _add(self, section: ModelSection) -> str:

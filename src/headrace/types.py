@@ -245,8 +245,8 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["openvino", "transformers", "echo", "remote"]
     aliases: tuple[str, ...] = ()
     folder: str = ""
-    """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs. For `transformers`: `config.json`
-    and `*.safetensors`, or a GGUF file, with the same."""
+    """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs. For `transformers`: the same
+    beside `config.json` and `*.safetensors`, or beside a GGUF file."""
     url: str = ""
     """For `remote`: the base URL, ending in `/v1` as a rule."""
     options: dict[str, str] = {}

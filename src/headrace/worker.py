@@ -10,13 +10,13 @@ import gc
 import os
 import socket
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import structlog
 import uvloop
 
 from headrace import logs
-from headrace.config import Config, EngineSection
+from headrace.config import Config
 from headrace.control import Alive, Beginning, ErrorsNoted, Promote, Stop, ToChild, begin
 from headrace.engine.admission import Admission
 from headrace.engine.echo import EchoEngine
@@ -31,6 +31,9 @@ from headrace.models.tokenizer import load_tokenizer
 from headrace.ports import Engine, Runner
 from headrace.stores.slots import SharedSlots
 from headrace.types import EngineState, EngineStats, ModelFiles
+
+if TYPE_CHECKING:
+    from headrace.engine.torch_load import Wanted
 
 REPORT_INTERVAL = 0.25
 """Seconds between reports to the supervisor, while there is something new to say."""
@@ -79,7 +82,7 @@ def build_engine(
     from headrace.engine.scheduled import ScheduledEngine
 
     return ScheduledEngine(
-        lambda: load_runner(files, config.engine, memory_share, kv_blocks=kv_blocks, beside_standby=beside_standby),
+        lambda: load_runner(files, config, memory_share, kv_blocks=kv_blocks, beside_standby=beside_standby),
         load_tokenizer(files),
         name=files.name,
         kind=files.kind,
@@ -91,14 +94,20 @@ def build_engine(
 
 def admission_for(files: ModelFiles, config: Config) -> Admission:
     """Who may wait for this engine. An upstream's batch is its own matter; ours is as large as it is configured."""
-    ours = files.kind in ("openvino", "echo")
+    ours = files.kind in ("openvino", "transformers", "echo")
     return Admission(config.overload, slots=min(config.engine.max_sequences, config.engine.step_tokens - 1) if ours else 0)
 
 
 def load_runner(
-    files: ModelFiles, section: EngineSection, memory_share: float = 1.0, *, kv_blocks: int = 0, beside_standby: bool = False
+    files: ModelFiles, config: Config, memory_share: float = 1.0, *, kv_blocks: int = 0, beside_standby: bool = False
 ) -> Runner:
-    """The model on the CPU, loaded. Raises `ModelError`."""
+    """The model on its device, loaded. Raises `ModelError`."""
+    section = config.engine
+    if files.kind == "transformers":
+        from headrace.engine.torch_load import load, quiet
+
+        quiet()
+        return load(_wanted(files, config, memory_share, kv_blocks=kv_blocks, beside_standby=beside_standby))
     from headrace.engine.openvino_runner import OpenVinoRunner
 
     runner = OpenVinoRunner(
@@ -114,6 +123,37 @@ def load_runner(
     )
     runner.load()
     return runner
+
+
+def _wanted(files: ModelFiles, config: Config, memory_share: float, *, kv_blocks: int, beside_standby: bool) -> Wanted:
+    """What the transformers engine is to load."""
+    from headrace.engine.torch_load import Wanted
+    from headrace.models.as_stored import gguf_settings, weights_of
+    from headrace.models.card import read_object
+
+    folder = Path(files.folder)
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    section, model = config.engine, config.model
+    return Wanted(
+        folder=folder,
+        tensors=weights_of(folder),
+        config=read_object(folder / "config.json") if gguf is None else gguf_settings(gguf),
+        gguf="" if gguf is None else gguf.name,
+        context_length=files.context_length,
+        max_sequences=section.max_sequences,
+        step_tokens=section.step_tokens,
+        dtype=model.dtype,
+        device=model.device,
+        quantize=model.quantize,
+        trust_remote_code=model.trust_remote_code,
+        threads=section.threads,
+        kv_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
+        num_blocks=kv_blocks,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        memory_share=memory_share,
+        beside_another=beside_standby,
+        deterministic=section.deterministic,
+    )
 
 
 @runtime_checkable
@@ -151,9 +191,7 @@ async def _run(beginning: Beginning) -> None:
     pulse = Pulse.join(setup.pulse) if setup.pulse else Pulse()
     beating = asyncio.create_task(_beat(pulse), name="pulse")
     files = setup.models[0]
-    tracker = ErrorTracker(
-        "engine", lambda errors: control.send(ErrorsNoted(errors)), model=files.public_name
-    )
+    tracker = ErrorTracker("engine", lambda errors: control.send(ErrorsNoted(errors)), model=files.public_name)
     logs.watch(tracker.watch_log)
     try:
         engine = build_engine(files, beginning.config, setup.memory_share, kv_blocks=setup.kv_blocks, beside_standby=setup.beside_standby)

@@ -23,6 +23,7 @@ def block_count(
     free_bytes: int | None = None,
     memory_share: float = 1.0,
     kept_bytes: int = 0,
+    share: float = SHARE,
 ) -> int:
     """Blocks to allocate, each of `block_size` tokens and `block_bytes` bytes over all layers.
 

@@ -287,7 +287,7 @@ class ScheduledEngine:
                 context_length=self._context_length,
                 max_sequences=self._config.max_sequences,
                 step_tokens=self._config.step_tokens,
-                prefix_cache=self._config.prefix_cache,
+                prefix_cache=self._config.prefix_cache and getattr(runner, "reuses_prefixes", True),
                 deterministic=self._config.deterministic,
                 prompt_lookup=self._config.prompt_lookup,
                 pace=pace,

@@ -14,7 +14,14 @@ from headrace.models.repository_files import choose
 
 
 def fetch_repository(
-    repository: Repository, name: str, destination: Path, cache: Cache, progress: Progress, *, trust_remote_code: bool
+    repository: Repository,
+    name: str,
+    destination: Path,
+    cache: Cache,
+    progress: Progress,
+    *,
+    trust_remote_code: bool,
+    prefer_safetensors: bool = False,
 ) -> None:
     """Land the files in the folder `destination`, with a `headrace.json` that says where they are from. Call it under the model's lock.
 
@@ -23,7 +30,13 @@ def fetch_repository(
     hub = hub_client(repository)
     with hub.connection as connection:
         listing = hub.list(repository)
-        choice = choose(listing.files, repository.select, trust_remote_code=trust_remote_code, where=str(repository))
+        choice = choose(
+            listing.files,
+            repository.select,
+            trust_remote_code=trust_remote_code,
+            where=str(repository),
+            prefer_safetensors=prefer_safetensors,
+        )
         # Another revision's leftovers must not mix with this one's.
         partial = cache.partial(destination.name) / safe_path(listing.revision)
         names = {file: safe_path(PurePosixPath(file.path).name if choice.kind == "gguf" else file.path) for file in choice.files}

@@ -12,12 +12,10 @@ import msgspec
 
 from headrace.errors import ModelError
 from headrace.models.card import ModelCard, write_card
+from headrace.models.engine_choice import GGUF_ARCHITECTURES
 from headrace.models.gguf_metadata import read_metadata
 from headrace.models.gguf_tokenizer import check_tokenizer, tokenizer_json
 from headrace.models.progress import Progress, log
-
-_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
-"""Those that OpenVINO GenAI's GGUF reader builds."""
 
 _CHILD = """\
 import sys
@@ -30,9 +28,9 @@ def check_gguf(path: Path) -> dict[str, Any]:
     """The file's metadata. Raises `ModelError`, in milliseconds, for one that could not be converted."""
     metadata = read_metadata(path)
     architecture = str(metadata.get("general.architecture", ""))
-    if architecture not in _ARCHITECTURES:
+    if architecture not in GGUF_ARCHITECTURES:
         raise ModelError(
-            f"{path.name}: GGUF files of the architecture {architecture!r} can't be served, only {', '.join(sorted(_ARCHITECTURES))}. "
+            f"{path.name}: GGUF files of the architecture {architecture!r} can't be served, only {', '.join(sorted(GGUF_ARCHITECTURES))}. "
             "Serve the same model as an OpenVINO folder (such as hf:OpenVINO/…) or as a Transformers folder instead."
         )
     if int(metadata.get("split.count", 1)) > 1:
@@ -47,7 +45,7 @@ def convert_gguf(path: Path, folder: Path, card: ModelCard, progress: Progress) 
     with progress.spinner(f"Converting {path.name} for OpenVINO"):
         _convert(path, folder)
     (folder / "tokenizer.json").write_text(tokenizer_json(metadata, path.name), encoding="utf-8")
-    write_card(folder, _complete(card, metadata))
+    write_card(folder, completed_card(card, metadata))
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -79,7 +77,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, errors="replace", check=False)
 
 
-def _complete(card: ModelCard, metadata: dict[str, Any]) -> ModelCard:
+def completed_card(card: ModelCard, metadata: dict[str, Any]) -> ModelCard:
+    """The card with what the metadata says of the tokens and the context."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
 
     def token(key: str) -> int | None:

@@ -36,10 +36,17 @@ class Choice:
     files: tuple[RemoteFile, ...]
 
 
-def choose(files: Sequence[RemoteFile], select: str | None, *, trust_remote_code: bool, where: str) -> Choice:
-    """`select` is a GGUF file's name or quantization. Raises `ModelError` where there is nothing that can be served."""
+def choose(
+    files: Sequence[RemoteFile], select: str | None, *, trust_remote_code: bool, where: str, prefer_safetensors: bool = False
+) -> Choice:
+    """`select` is a GGUF file's name or quantization; `prefer_safetensors` where the repository has other formats too.
+
+    Raises `ModelError` where there is nothing that can be served.
+    """
     names = {file.path: file for file in files}
     ggufs = [file for file in files if file.path.lower().endswith(".gguf")]
+    if prefer_safetensors and select is None and "config.json" in names and any(path.endswith(".safetensors") for path in names):
+        return Choice("transformers", _transformers(files, trust_remote_code, where))
     if select is not None or (ggufs and "openvino_model.xml" not in names):
         return Choice("gguf", (_gguf(ggufs, select, where),))
     if "openvino_model.xml" in names and "openvino_model.bin" in names:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
-import struct
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +15,7 @@ from headrace.models.card import ModelCard, publisher_card, read_object, write_c
 from headrace.models.convert_environment import converting_python, run_logged
 from headrace.models.openvino_folder import check, is_one
 from headrace.models.progress import Progress
+from headrace.models.safetensors_header import stored_tensors
 
 Weights = Literal["auto", "int4", "int8", "full"]
 
@@ -107,20 +106,5 @@ def convert_transformers(
 
 
 def _parameters(folder: Path) -> int:
-    """Counted from the weights' headers (https://github.com/huggingface/safetensors#format)."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 2 <= length <= min(100 * 2**20, path.stat().st_size):
-                raise ModelError(f"{path} is damaged or cut short. Fetch it again.")
-            try:
-                tensors = msgspec.json.decode(file.read(length), type=dict[str, dict[str, object]])
-            except msgspec.MsgspecError:
-                raise ModelError(f"{path} is damaged. Fetch it again.") from None
-        for tensor in tensors.values():
-            shape = tensor.get("shape")
-            if isinstance(shape, list):
-                total += math.prod(size for size in shape if isinstance(size, int))
+    total = sum(tensor.elements for tensor in stored_tensors(folder))
     return total or sum(path.stat().st_size // 2 for path in folder.glob("*.bin"))

@@ -1,0 +1,223 @@
+"""The `Runner` over torch: a model as transformers has it, on a GPU or the CPU, its keys and values in paged blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.engine.torch_paged import BLOCK, LayerShape, Paging, Pools, Step
+from headrace.errors import RequestFailed
+from headrace.ports import ForwardBatch
+
+if TYPE_CHECKING:
+    import torch
+
+CANDIDATES = 64
+"""The likeliest tokens that a step brings back of each row; the others stay on the device until somebody asks."""
+_RECOVERED = 256
+"""Steps without trouble after which batches may be twice as large again."""
+
+logger = logging.getLogger(__name__)
+
+
+class TorchRunner:
+    """Runs `model`, whose attention is `paging`'s, over `num_blocks` KV blocks.
+
+    `deterministic` runs each sequence by itself: products round differently with the number of rows. A batch for which the device has
+    too little memory is computed in parts, and for a while no batch is larger than what went well.
+    Used from one thread.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        paging: Paging,
+        shapes: dict[int, LayerShape],
+        devices: dict[int, torch.device],
+        *,
+        num_blocks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        numerics: str,
+        deterministic: bool = False,
+    ) -> None:
+        self._model = model
+        self._deterministic = deterministic
+        self._paging = paging
+        self._device = device
+        self._num_blocks = num_blocks
+        self._pools = Pools(shapes, num_blocks, dtype, devices)
+        self._vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self._steps = 0
+        self._most_tokens: int | None = None
+        self._calm = 0
+        self.numerics = numerics
+        """What besides the weights determines a distribution; part of the engine's fingerprint."""
+
+    @property
+    def block_size(self) -> int:
+        return BLOCK
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def rewinds(self) -> bool:
+        """A step writes all its keys before any is looked at, and what lies beyond a sequence's end is hidden."""
+        return not self._deterministic
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in every layer."""
+        if pairs:
+            self._pools.copy(pairs)
+
+    def forward(self, batch: ForwardBatch) -> TorchResult:
+        """Run one step. Raises `RequestFailed` where a sequence alone is too much, or the model refuses the batch."""
+        self._check(batch)
+        self._steps += 1
+        result = self._in_parts(batch)
+        self._calm += 1
+        if self._most_tokens is not None and self._calm >= _RECOVERED:
+            self._most_tokens, self._calm = 2 * self._most_tokens, 0
+            if self._most_tokens > 2**20:
+                self._most_tokens = None
+        return result
+
+    def _in_parts(self, batch: ForwardBatch) -> TorchResult:
+        most = self._most_tokens
+        alone = len(batch.past_lens) == 1
+        if alone or (not self._deterministic and (most is None or len(batch.input_ids) <= most)):
+            try:
+                return self._run(batch)
+            except RuntimeError as error:
+                self._paging.step = None
+                if not out_of_memory(error):
+                    raise RequestFailed(f"The model refused a step: {str(error)[-300:]}") from error
+                failed = error
+            # Outside the handler: while the error lives, so do the frames that hold the step's tensors.
+            self._release(len(batch.input_ids), str(failed))
+            del failed
+            if alone:
+                raise RequestFailed("The device's memory doesn't suffice for this request beside the others'. Try it later, or shorter.")
+        half = len(batch.past_lens) // 2
+        parts = [_part(batch, 0, half), _part(batch, half, len(batch.past_lens))]
+        return _joined([self._in_parts(part) for part in parts], self)
+
+    def _release(self, tokens: int, reason: str) -> None:
+        """Give cached memory back, and take smaller batches from now on."""
+        import torch
+
+        self._most_tokens, self._calm = max(1, tokens // 2), 0
+        logger.warning("out of memory in a step of %d tokens, going on with %d at most: %s", tokens, self._most_tokens, reason[:300])
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        elif torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+
+    def _run(self, batch: ForwardBatch) -> TorchResult:
+        import torch
+
+        paging, device = self._paging, self._device
+        with torch.inference_mode():
+            paging.pools, paging.step = self._pools, Step(batch, device)
+            out = self._model(
+                input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
+                position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(batch.rows).to(device),
+            )
+            paging.step = None
+            return distributions(out.logits[0], self)
+
+    def _check(self, batch: ForwardBatch) -> None:
+        """A wrong index ends a GPU's whole process."""
+        for indices, end in (
+            (batch.input_ids, self._vocab_size),
+            (batch.rows, len(batch.input_ids)),
+            (batch.block_indices, self._num_blocks),
+        ):
+            if indices.size and (indices.min() < 0 or indices.max() >= end):
+                raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {indices.max()}, of {end}.")
+
+
+def distributions(logits: torch.Tensor, runner: Any) -> TorchResult:
+    """What a step brings back of its [R, vocabulary] logits."""
+    logits = logits.float()
+    top = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+    return TorchResult(
+        top.indices.cpu().numpy().astype(np.int64), top.values.cpu().numpy(), logits.logsumexp(-1).cpu().numpy(), [logits], runner
+    )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had too little memory, on whatever device."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+class TorchResult:
+    """The distributions of one step's rows; `logits` reads the device's memory until the next step."""
+
+    __slots__ = ("_logits", "_runner", "_step", "logsumexp", "top_ids", "top_logits")
+
+    def __init__(
+        self,
+        top_ids: NDArray[np.int64],
+        top_logits: NDArray[np.float32],
+        logsumexp: NDArray[np.float32],
+        logits: list[torch.Tensor],
+        runner: Any,
+    ) -> None:
+        self.top_ids = top_ids
+        self.top_logits = top_logits
+        self.logsumexp = logsumexp
+        self._logits = logits
+        self._runner = runner
+        self._step: int = runner._steps
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """[vocabulary] all logits of a row; a fresh copy. Raises `RuntimeError` once the runner went on."""
+        if self._runner._steps != self._step:
+            raise RuntimeError("A step's logits were read after the next step.")
+        for part in self._logits:
+            if row < len(part):
+                found: NDArray[np.float32] = part[row].cpu().numpy().copy()
+                return found
+            row -= len(part)
+        raise IndexError(f"There is no row {row} beyond the last.")
+
+
+def _part(batch: ForwardBatch, first: int, last: int) -> ForwardBatch:
+    """The sequences from `first` to before `last`, as a batch of their own."""
+    begin, end = batch.subsequence_begins[first], batch.subsequence_begins[last]
+    blocks = slice(batch.block_indices_begins[first], batch.block_indices_begins[last])
+    return ForwardBatch(
+        input_ids=batch.input_ids[begin:end],
+        position_ids=batch.position_ids[begin:end],
+        past_lens=batch.past_lens[first:last],
+        subsequence_begins=batch.subsequence_begins[first : last + 1] - begin,
+        block_indices=batch.block_indices[blocks],
+        block_indices_begins=batch.block_indices_begins[first : last + 1] - blocks.start,
+        max_context_len=batch.max_context_len,
+        rows=batch.rows[(batch.rows >= begin) & (batch.rows < end)] - begin,
+    )
+
+
+def _joined(results: list[TorchResult], runner: TorchRunner) -> TorchResult:
+    return TorchResult(
+        np.concatenate([result.top_ids for result in results]),
+        np.concatenate([result.top_logits for result in results]),
+        np.concatenate([result.logsumexp for result in results]),
+        [part for result in results for part in result._logits],
+        runner,
+    )
