@@ -31,7 +31,8 @@ def check_tracing(section: TraceSection) -> None:
         import opentelemetry.sdk.trace.export  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "otel_endpoint (OTEL_EXPORTER_OTLP_ENDPOINT) asks for traces, and what makes them is not installed: pip install 'headrace[otel]'."
+            "otel_endpoint (OTEL_EXPORTER_OTLP_ENDPOINT) asks for traces, which need packages that are not installed: "
+            "pip install 'headrace[otel]'."
         ) from error
 
 

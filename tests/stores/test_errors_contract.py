@@ -89,7 +89,7 @@ async def test_errors_wait_for_the_database(tmp_path: Path, monkeypatch: pytest.
     assert not writing.done()
     await database.migrate()
     async with asyncio.timeout(20):
-        while len(found := await book.newest()) < 2:  # noqa: ASYNC110
+        while len(found := await book.newest()) < 2:
             await asyncio.sleep(0.01)
     assert [(each.code, each.count) for each in found] == [("y", 1), ("x", 2)]
     writing.cancel()
