@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from running_server import RunningServer, eventually
@@ -62,6 +66,40 @@ def test_a_standby_is_listed_takes_over_and_readiness_comes_back(tmp_path: Path)
         assert (now["pid"], now["restarts"]) == (workers[1]["pid"], 1)
         # Whichever comes first of the supervisor's word and the end of the connection, it ends with the truth.
         eventually(lambda: server.client.get("/health/ready").status_code == 200, within=1.0)
+
+
+def test_giving_up_ends_streams_says_why_and_isnt_for_good(tmp_path: Path) -> None:
+    give_up = {"HEADRACE_GIVE_UP_AFTER": "2", "HEADRACE_STALL_TIMEOUT": "1"}
+    with RunningServer(tmp_path, "echo?load=0.5&pace=0.02", environment=give_up) as server:
+        said: list[str] = []
+
+        def stream() -> None:
+            with httpx.stream("POST", f"{server.url}/chat/stream", json={"prompt": "ab" * 500, "max_length": 4000}, timeout=60) as answer:
+                said.extend(line for line in answer.iter_lines() if line)
+
+        client = threading.Thread(target=stream, daemon=True)
+        client.start()
+        eventually(lambda: server.worker()["running"] == 1)
+
+        def gave_up() -> str:
+            for worker in server.ps()["workers"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker["pid"], signal.SIGKILL)
+            answer = server.client.get("/health/ready")
+            reason = answer.json().get("reason", "")
+            assert answer.status_code == 503 or not reason
+            return reason if "could not be brought back" in reason else ""
+
+        assert "within 2 s; it is still tried" in eventually(gave_up)
+        client.join(10)
+        assert "event: error" in said[-2]
+        assert json.loads(said[-1].removeprefix("data: "))["code"] == "engine_unavailable"
+        refused = server.client.post("/chat", json={"prompt": "hello"})
+        if refused.status_code != 200:  # it may have recovered by now
+            assert refused.status_code == 503
+            assert "engine_unavailable" in refused.text
+        eventually(lambda: server.client.get("/health/ready").status_code == 200)
+        assert server.client.post("/chat", json={"prompt": "hello"}).json()["response"] == "hello"
 
 
 def test_a_standby_for_a_remote_engine_is_refused(tmp_path: Path) -> None:

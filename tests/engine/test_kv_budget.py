@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.engine.kv_budget import block_count, free_memory
+from headrace.engine.kv_budget import block_count, free_memory, resident_memory
 from headrace.errors import ModelError
 
 MIB = 2**20
@@ -90,3 +90,9 @@ def test_several_models_share_the_memory() -> None:
 
     assert blocks(0.5, None) == blocks(1.0, None) // 2
     assert blocks(0.5, 10**7) == blocks(1.0, 10**7) // 2
+
+
+def test_room_for_a_standby_is_left() -> None:
+    assert blocks(free_bytes=200 * MIB, kept_bytes=50 * MIB) == 60
+    assert blocks(free_bytes=200 * MIB, kept_bytes=50 * MIB, kv_bytes=70 * MIB) == 70
+    assert MIB < resident_memory() < 2**20 * MIB
