@@ -42,14 +42,18 @@ class AlertWebhook:
     """
 
     def __init__(self, address: str, secret: str | None, *, instance: str, url: str, first_pause: float = FIRST_PAUSE) -> None:
-        self._address = address
-        self._secret = None if secret is None else secret.encode()
+        self.aim(address, secret)
         self._instance = instance
         self._url = url
         self._first_pause = first_pause
         self._pending: deque[tuple[float, Alert]] = deque()
         self._sending: asyncio.Task[None] | None = None
         self._log: Any = structlog.get_logger("headrace.alerts")
+
+    def aim(self, address: str, secret: str | None) -> None:
+        """Where to send from here on, and how to sign it; what is pending goes there too."""
+        self._address = address
+        self._secret = None if secret is None else secret.encode()
 
     def send(self, alert: Alert) -> None:
         """Have it delivered, after those before it."""
@@ -73,31 +77,34 @@ class AlertWebhook:
         self._pending.clear()
 
     async def _deliver(self) -> None:
-        import httpx
-
-        pause = self._first_pause
         try:
-            async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False) as client:
-                while self._pending:
-                    entry = self._pending[0]
-                    queued_at, alert = entry
-                    why = await self._post(client, alert)
-                    if why is None:
-                        if pause != self._first_pause:
-                            self._log.info("alert webhook answers again")
-                        pause = self._first_pause
-                    elif time.monotonic() - queued_at > GIVEN_UP:
-                        self._log.error("alert not delivered", alert=alert.name, why=why)
-                    else:
-                        if pause == self._first_pause:
-                            self._log.warning("alert webhook failed; it is tried again", alert=alert.name, why=why)
-                        await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-                        pause = min(2 * pause, LONGEST_PAUSE)
-                        continue
-                    if self._pending and self._pending[0] is entry:  # else it was dropped meanwhile
-                        self._pending.popleft()
+            while self._pending:
+                # Reading the machine's certificates takes a while, and others wait for this process.
+                client = await asyncio.to_thread(_client)
+                async with client:
+                    await self._deliver_by(client)
         finally:
             self._sending = None
+
+    async def _deliver_by(self, client: httpx.AsyncClient) -> None:
+        pause = self._first_pause
+        while self._pending:
+            entry = self._pending[0]
+            queued_at, alert = entry
+            why = await self._post(client, alert)
+            if why is not None and time.monotonic() - queued_at <= GIVEN_UP:
+                if pause == self._first_pause:
+                    self._log.warning("alert webhook failed; it is tried again", alert=alert.name, why=why)
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if why is not None:
+                self._log.error("alert not delivered", alert=alert.name, why=why)
+            elif pause != self._first_pause:
+                self._log.info("alert webhook answers again")
+                pause = self._first_pause
+            if self._pending and self._pending[0] is entry:  # else it was dropped meanwhile
+                self._pending.popleft()
 
     async def _post(self, client: httpx.AsyncClient, alert: Alert) -> str | None:
         """One attempt; why it failed. What is said holds nothing of the address, which may be a secret."""
@@ -113,6 +120,12 @@ class AlertWebhook:
                 return None if answer.is_success else f"it answered with status {answer.status_code}"
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
             return f"it can't be reached ({type(error).__name__})"
+
+
+def _client() -> httpx.AsyncClient:
+    import httpx
+
+    return httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False)
 
 
 def signature(secret: bytes, body: bytes) -> str:

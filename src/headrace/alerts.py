@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -14,7 +14,7 @@ from headrace.config import AlertSection
 from headrace.control import BudgetSeen, RequestsEnded
 from headrace.errors import StoreUnavailable
 from headrace.policies.alert_rules import Alert, AlertBoard, AlertRules, BudgetUse
-from headrace.stores.sql_keys import SqlKeys
+from headrace.ports import KeyRegister
 from headrace.types import KeyRecord
 
 LOOK = 1.0
@@ -30,24 +30,39 @@ class Alerts:
     """`engines` says of each model why its engine can't be used, None if it can. `instance` and `url` are the server's, for the webhook."""
 
     def __init__(
-        self, section: AlertSection, engines: Callable[[], Iterable[tuple[str, str | None]]], keys: SqlKeys, *, instance: str, url: str
+        self, section: AlertSection, engines: Callable[[], Iterable[tuple[str, str | None]]], keys: KeyRegister, *, instance: str, url: str
     ) -> None:
-        rules = AlertRules.of(section)
-        self._board = AlertBoard(rules, time.monotonic, time.time)
+        self._board = AlertBoard(AlertRules.of(section), time.monotonic, time.time)
         self._engines = engines
         self._keys = keys
+        self._instance = instance
+        self._url = url
         self._webhook: AlertWebhook | None = None
-        if section.alert_webhook is not None:
-            secret = section.alert_webhook_secret
-            address = section.alert_webhook.get_secret_value()
-            self._webhook = AlertWebhook(address, None if secret is None else secret.get_secret_value(), instance=instance, url=url)
-        self._interval = max(0.02, min(LOOK, rules.engine_down_seconds / 4, rules.window / 40))
-        self._asking: set[asyncio.Task[None]] = set()
+        self._interval = LOOK
+        self._beside: set[asyncio.Task[None]] = set()
         self._log: Any = structlog.get_logger("headrace.alerts")
+        self.judge_by(section)
 
     @property
     def firing(self) -> list[Alert]:
         return self._board.firing
+
+    def judge_by(self, section: AlertSection) -> None:
+        """Go on with other thresholds and another receiver. What fires already is judged by the new rules."""
+        rules = AlertRules.of(section)
+        self._board.judge_by(rules)
+        self._interval = max(0.02, min(LOOK, rules.engine_down_seconds / 4, rules.window / 40))
+        if section.alert_webhook is None:
+            if self._webhook is not None:
+                self._do_beside(self._webhook.close())
+            self._webhook = None
+            return
+        address = section.alert_webhook.get_secret_value()
+        secret = None if section.alert_webhook_secret is None else section.alert_webhook_secret.get_secret_value()
+        if self._webhook is None:
+            self._webhook = AlertWebhook(address, secret, instance=self._instance, url=self._url)
+        else:
+            self._webhook.aim(address, secret)
 
     def hear(self, message: RequestsEnded | BudgetSeen) -> None:
         """From an API process."""
@@ -59,9 +74,7 @@ class Alerts:
         if not self._board.rules.nearly_spent(use.spent, use.budget) or not use.subject.startswith("key:"):
             self._board.budget(use)
             return
-        task = asyncio.create_task(self._hear_of_key(use), name="alert names its key")
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
+        self._do_beside(self._hear_of_key(use))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -77,10 +90,15 @@ class Alerts:
                 for alert in self._board.changes():
                     self._tell(alert)
         finally:
-            for task in self._asking:
+            for task in self._beside:
                 task.cancel()
             if self._webhook is not None:
                 await self._webhook.close(FAREWELL)
+
+    def _do_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="alerts")
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def _tell(self, alert: Alert) -> None:
         said = {"alert": alert.name, "severity": alert.severity, "summary": alert.summary, "why": alert.description, **dict(alert.labels)}

@@ -14,7 +14,7 @@ from headrace.policies.route import candidate
 from headrace.stores.cache_open import second_level
 from headrace.tls import check_tls
 
-FIXED_SECTIONS = frozenset({"model", "engine", "store", "alerts"})
+FIXED_SECTIONS = frozenset({"model", "engine", "store"})
 """Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
 FIXED_FIELDS = frozenset({"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after"})
 """Likewise, of other sections."""

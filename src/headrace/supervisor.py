@@ -313,6 +313,7 @@ class Supervisor:
     def _adopt(self, config: Config, read: Config) -> None:
         self._config, self._read = config, read
         self._circuits.judge_by(BreakerRules.of(config.resilience))
+        self._alerts.judge_by(config.alerts)
         if self._recovery is not None:
             self._recovery.price_by(Prices(config.ledger))
 

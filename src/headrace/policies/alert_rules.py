@@ -162,6 +162,12 @@ class AlertBoard:
         """Those nearly spent."""
         return [use for use, _ in self._budgets.values()]
 
+    def judge_by(self, rules: AlertRules) -> None:
+        """Other thresholds from here on. Over another window everything is counted anew."""
+        if rules.window != self.rules.window:
+            self._windows.clear()
+        self.rules = rules
+
     def count(self, counts: RequestCounts) -> None:
         """Requests that are over."""
         self._windows.setdefault(counts.model, _Window()).add(counts, self._part())
