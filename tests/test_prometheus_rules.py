@@ -175,6 +175,20 @@ def test_the_dashboard_can_be_imported() -> None:
             assert all(target["datasource"]["uid"] == "${datasource}" for target in (panel, *panel["targets"]))
 
 
+def test_compose_mounts_what_there_is() -> None:
+    services = yaml.safe_load((DEPLOY.parent / "compose.yaml").read_text())["services"]
+    mounted = [volume.partition(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]]
+    files = [path for path in mounted if path.startswith("./")]
+    assert len(files) == 3
+    for path in files:
+        assert (DEPLOY.parent / path).exists(), path
+    for path in DEPLOY.rglob("*.yml"):
+        assert yaml.safe_load(path.read_text()), path
+    assert services["prometheus"]["profiles"] == services["grafana"]["profiles"] == ["watch"]
+    scraped = yaml.safe_load(RULES.with_name("prometheus.yml").read_text())["scrape_configs"][0]
+    assert (scraped["job_name"], scraped["static_configs"]) == ("headrace", [{"targets": ["headrace:8000"]}])
+
+
 # Both name what a server has
 
 
