@@ -22,14 +22,17 @@ NAMES = (
     "engine_vs_genai",
     "http_vs_engine",
     "vs_llama_server",
+    "vs_transformers_serve",
     "api_cpu",
     "start_to_ready",
     "fairness",
     "prefix",
     "cached_answer",
     "ledger_after_kills",
+    "streams_survive",
     "engine_pause",
     "overload",
+    "sigterm",
 )
 
 
@@ -43,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         return _run(parser.parse_args(arguments[:1]).name, arguments[1:])
     asked = parser.parse_args(arguments)
-    print("\n".join(f"{name:<18}{_summary(_module(name))}" for name in NAMES), flush=True)
+    print("\n".join(f"{name:<22}{_summary(_module(name))}" for name in NAMES), flush=True)
     if asked.list:
         return 0
     return max(_run(name, ["--record"] if asked.record else []) for name in NAMES)

@@ -101,6 +101,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Who is refused first where there is too much to do, and who goes first."""
     rank: int = 3
     """Of those that wait the highest goes first. The worker's admission sets it (`waiting.rank_of`); 3 is `default` and `PROMPT`."""
+    waited: float = 0.0
+    """Seconds since its receipt, where it was held back before the engine."""
     resume: Resume | None = None
     """Only for engines with the capability `resume`: the request goes on from here. Its events continue where those of the dead
     engine ended, and its `Report` is of the whole request."""
@@ -191,6 +193,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     preemptions: int = 0
+    resumed: int = 0
+    """Requests that go on here after another engine's death."""
     predicted_wait: float = 0.0
     """Seconds to the first token of a short request, if it came now; only where a worker's admission says so."""
     refused: int = 0

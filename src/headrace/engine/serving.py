@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -28,6 +29,7 @@ from headrace.engine.frames import (
     Submit,
     ToWorker,
 )
+from headrace.engine.held import Held, HeldBack
 from headrace.engine.suspects import Turns
 from headrace.errors import EngineUnavailable, HeadraceError, RequestFailed, StoreUnavailable
 from headrace.ports import Counter, Counters, Deliver, Engine, NotesSteps, StepNotes, Submits, TellsCached
@@ -37,6 +39,9 @@ CROWDED = 1.0
 """Seconds after a refusal in which API processes are told of the queue."""
 TELL_INTERVAL = 0.02
 """Seconds between two such messages."""
+
+RELEASE_INTERVAL = 0.1
+"""Seconds between looks whether a request that is held back may go, besides those at every end of another's wait."""
 
 
 class EngineServer:
@@ -66,11 +71,14 @@ class EngineServer:
         self._ids: set[str] = set()
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resumed = 0
         self._turns = Turns(self._start)
         self._turns.notes = notes
         self._admission = admission
         self._crowded_until = float("-inf")
         self._telling: asyncio.TimerHandle | None = None
+        self._held = None if admission is None else HeldBack(admission)
+        self._releasing: asyncio.TimerHandle | None = None
         if isinstance(engine, NotesSteps):
             engine.notes = notes
 
@@ -94,7 +102,7 @@ class EngineServer:
 
     @property
     def stats(self) -> Stats:
-        stats = self._engine.stats()
+        stats = msgspec.structs.replace(self._engine.stats(), resumed=self._resumed)
         return Stats(stats if self._admission is None else self._admission.stats(stats))
 
     def _joined(self, client: _ApiProcess, connection: FrameConnection[ToWorker]) -> None:
@@ -117,6 +125,7 @@ class EngineServer:
         if request.id in self._ids:
             # Cancelling goes by id, and one tenant's choice of id must not reach another's request.
             request = msgspec.structs.replace(request, id=f"{request.id}~{next(self._numbers)}")
+        self._resumed += request.resume is not None
         begun = False
         entry: Entry | None = None
         cancel = outwaited = _nothing
@@ -130,8 +139,9 @@ class EngineServer:
                 self._is_crowded()
                 deliver(refusal)
                 return _nothing
-            request = msgspec.structs.replace(request, rank=entry.line[1])
-            outwaited = asyncio.get_running_loop().call_later(admission.bounds.wait, admission.outwaited, entry).cancel
+            patience = admission.bounds.wait if request.timeout is None else min(request.timeout, admission.bounds.wait)
+            if entry.held or patience == admission.bounds.wait:
+                outwaited = asyncio.get_running_loop().call_later(patience, admission.outwaited, entry).cancel
             self._tell_soon()
         self._ids.add(request.id)
 
@@ -145,6 +155,7 @@ class EngineServer:
                     admission.ended(entry)
                 if over or entry.generated:
                     outwaited()
+                    self._release_soon()
                 if over and entry.shed is not None:
                     self._is_crowded()
                     what = entry.shed
@@ -164,8 +175,31 @@ class EngineServer:
                 counter.add(sum([len(event.tokens) for event in what if type(event) is Delta]))
             deliver(what)
 
-        cancel = self._turns.run(request, deliver_and_note, suspect=suspect)
-        return cancel
+        def start() -> Callable[[], None]:
+            wanted = request
+            if entry is not None:
+                waited = entry.began_to_wait - entry.received_at
+                wanted = msgspec.structs.replace(request, rank=entry.line[1], waited=waited)
+            return self._turns.run(wanted, deliver_and_note, suspect=suspect)
+
+        if entry is not None and entry.held and self._held is not None:
+            held = Held(entry, start, lambda: deliver_and_note([Report(0, 0, 0, 1e3 * (time.monotonic() - entry.received_at), 0.0, 0.0)]))
+            self._held.add(held)
+            self._release_soon()
+            cancel = held.cancel
+        else:
+            cancel = start()
+        return lambda: cancel()
+
+    def _release_soon(self, pause: float = 0.0) -> None:
+        if self._releasing is None and self._held is not None and len(self._held):
+            self._releasing = asyncio.get_running_loop().call_later(pause, self._release)
+
+    def _release(self) -> None:
+        self._releasing = None
+        if self._held is not None:
+            self._held.release()
+            self._release_soon(RELEASE_INTERVAL)
 
     # How crowded it is
 

@@ -26,6 +26,7 @@ from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.route import HEADER as FALLBACK_HEADER
 from headrace.policies.token_lease import BUDGET_ENDED
 from headrace.policies.token_lease import NOTE as LIMIT_NOTE
+from headrace.quarantine import Quarantine
 from headrace.served import ServedModel, ServedModels
 from headrace.types import CircuitState, DeathCause
 
@@ -47,6 +48,13 @@ class Refreshes(Protocol):
     async def refresh(self) -> object:
         """Fetch what `stats()` then says."""
         ...
+
+
+@runtime_checkable
+class Quarantines(Protocol):
+    """An engine client that refuses requests which kill the engine."""
+
+    quarantined: Quarantine
 
 
 class _ModelMeters:
@@ -224,6 +232,7 @@ class _Engines:
             "headrace_engine_prompt_tokens": ("Prompt tokens that the engine took in", lambda s: s.prompt_tokens),
             "headrace_engine_completion_tokens": ("Tokens that the engine generated", lambda s: s.completion_tokens),
             "headrace_prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache", lambda s: s.cached_tokens),
+            "headrace_resumed_requests": ("Requests that went on after their engine's death", lambda s: s.resumed),
             "headrace_preemptions": ("Sequences set back because KV blocks ran out", lambda s: s.preemptions),
             "headrace_guessed_tokens": ("Tokens computed on the guess that they come next", lambda s: s.guessed_tokens),
             "headrace_guessed_right_tokens": ("Guessed tokens that came true, each a step saved", lambda s: s.right_tokens),
@@ -253,6 +262,14 @@ class _Engines:
         )
         for served in self._models:
             circuits.add_metric([served.public_name], _CIRCUITS[served.circuit])
+        convicted = CounterMetricFamily("headrace_quarantined_requests", "Requests found to kill the model's engine", labels=["model"])
+        refused = GaugeMetricFamily("headrace_quarantine_size", "Requests that are refused because they kill the engine", labels=["model"])
+        for served in self._models:
+            quarantined = served.engine.quarantined if isinstance(served.engine, Quarantines) else Quarantine()
+            convicted.add_metric([served.public_name], quarantined.convictions)
+            refused.add_metric([served.public_name], len(quarantined))
+        yield convicted
+        yield refused
         yield ready
         yield restarts
         yield deaths
