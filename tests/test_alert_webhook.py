@@ -145,7 +145,9 @@ def test_addresses(url: str) -> None:
     assert url not in repr(section)
 
 
-@pytest.mark.parametrize("url", ["ftp://example.org/tok", "example.org/tok", "http:///tok", "file:///tok", "https://a tok", "https://a:port/tok"])
+@pytest.mark.parametrize(
+    "url", ["ftp://example.org/tok", "example.org/tok", "http:///tok", "file:///tok", "https://a tok", "https://a:port/tok"]
+)
 def test_what_is_no_web_address_is_refused_and_not_shown(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="HEADRACE_ALERT_WEBHOOK.*http or https") as refused:
         load(environ={"HEADRACE_ALERT_WEBHOOK": url}, folder=tmp_path)
