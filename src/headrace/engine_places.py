@@ -176,11 +176,11 @@ class EnginePlace:
 
     # Between the workers
 
-    def beginning(self, worker: Worker, pulse: Path) -> Setup:
+    def beginning(self, worker: Worker, pulse: Path | None) -> Setup:
         """What a process of that worker begins with."""
         return msgspec.structs.replace(
             self._setup(),
-            pulse=str(pulse),
+            pulse="" if pulse is None else str(pulse),
             standing_by=worker.standing_by,
             beside_standby=bool(self.others) and not worker.standing_by,
             kv_blocks=self._blocks if worker.standing_by else 0,
@@ -286,16 +286,14 @@ class Worker(Child):
 
     def look(self, now: float) -> None:
         """Is it well? A process that isn't is killed; its successor is started when it is gone."""
-        watched = self._watched
-        if watched is None or not self.pid or self._retired.is_set():
+        if not self.pid or self._retired.is_set():
             return
         ready = self._ready_since is not None
         if not ready or self._busy:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
-        why = watched.look(now, ready=ready)
-        if why:
+        if self._watched is not None and (why := self._watched.look(now, ready=ready)):
             self.kill(why)
 
     async def _may_start(self) -> None:
@@ -303,22 +301,26 @@ class Worker(Child):
             await self._place.wait_to_stand_by()
 
     async def _live(self) -> int:
-        path = self._pulse_file = self._place.new_pulse()
-        self._watched = StallWatch(
-            Pulse.create(path),
-            self._place.rules.stall_timeout,
-            now=self._place.now,
-            delays=lambda: waited_for_processor(self.pid),
-            stopped=lambda: is_stopped(self.pid),
-        )
+        path = self._place.new_pulse()
         self._idle_since = None
+        try:
+            self._watched = StallWatch(
+                Pulse.create(path),
+                self._place.rules.stall_timeout,
+                now=self._place.now,
+                delays=lambda: waited_for_processor(self.pid),
+                stopped=lambda: is_stopped(self.pid),
+            )
+            self._pulse_file = path
+        except OSError as error:
+            self._log.error("the engine can't be watched", path=str(path), reason=str(error))
+            self._watched = self._pulse_file = None
         try:
             return await super()._live()
         finally:
             path.unlink(missing_ok=True)
 
     def _first_message(self) -> Setup:
-        assert self._pulse_file is not None
         return self._place.beginning(self, self._pulse_file)
 
     def _progressed(self) -> bool:

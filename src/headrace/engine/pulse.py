@@ -40,7 +40,7 @@ class Pulse:
 
     @classmethod
     def create(cls, path: Path) -> Pulse:
-        """A new file, for the two processes of this user."""
+        """A new file, for the two processes of this user. Raises `OSError`."""
         return cls._map(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), new=True)
 
     @classmethod
@@ -52,7 +52,8 @@ class Pulse:
     def _map(cls, fd: int, *, new: bool = False) -> Pulse:
         try:
             if new:
-                os.truncate(fd, _SIZE)
+                # Written, not just made long: on a full disk this fails, where touching a page that isn't there would end the process.
+                os.write(fd, bytes(_SIZE))
             return cls(mmap.mmap(fd, _SIZE))
         finally:
             os.close(fd)
