@@ -59,15 +59,20 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def headrace(*arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 300.0) -> Iterator[Server]:
-    """`headrace serve ARGUMENTS` on a free port, with no configuration but this, and no answer twice. Raises `ServerFailed`."""
+def headrace(
+    *arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 300.0, may_end: bool = False
+) -> Iterator[Server]:
+    """`headrace serve ARGUMENTS` on a free port, with no configuration but this, and no answer twice.
+
+    Raises `ServerFailed`, also if the server has ended by itself, unless it `may_end`.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         command = [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port)]
         ours = {"HEADRACE_LOG_LEVEL": "warning", "HEADRACE_RESPONSE_CACHE": "off", "HEADRACE_DATA_DIR": f"{folder}/data"}
         clean = clean_environment() | ours | dict(environment or {})
         # An empty folder, so that no .env and no headrace.toml is found.
-        with _running("headrace", command, port, "/health/ready", clean, Path(folder), timeout) as server:
+        with _running("headrace", command, port, "/health/ready", clean, Path(folder), timeout, may_end) as server:
             yield server
 
 
@@ -81,6 +86,22 @@ def llama_server(gguf: Path, *, binary: str | None, threads: int, slots: int, co
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
         _running("llama-server", command, port, "/health", dict(os.environ), Path(folder), timeout) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def transformers_serve(folder: Path, *, timeout: float = 300.0) -> Iterator[Server]:
+    """`transformers serve --continuous-batching` over a folder of weights, on a free port. Raises `ServerFailed`."""
+    port = free_port()
+    program = Path(sys.executable).with_name("transformers")
+    if not program.is_file():
+        raise ServerFailed("There is no `transformers` beside this Python: pip install 'headrace[transformers]'.")
+    command = [str(program), "serve", str(folder), "--continuous-batching", "--dtype", "auto", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as log,
+        _running("transformers serve", command, port, "/health", environment, Path(log), timeout) as server,
     ):
         yield server
 
@@ -110,7 +131,14 @@ def free_port() -> int:
 
 @contextmanager
 def _running(
-    name: str, command: Sequence[str], port: int, probe: str, environment: Mapping[str, str], folder: Path, timeout: float
+    name: str,
+    command: Sequence[str],
+    port: int,
+    probe: str,
+    environment: Mapping[str, str],
+    folder: Path,
+    timeout: float,
+    may_end: bool = False,
 ) -> Iterator[Server]:
     log = folder / "log"
     with log.open("wb") as output:
@@ -120,7 +148,8 @@ def _running(
         _await_ready(name, process, port, probe, started + timeout, log)
         server = Server(name, f"http://127.0.0.1:{port}", process, log, time.perf_counter() - started)
         yield server
-        server.check()
+        if not may_end:
+            server.check()
     finally:
         _stop(process)
 

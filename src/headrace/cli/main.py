@@ -7,7 +7,7 @@ import sys
 import typer
 
 from headrace import __version__
-from headrace.cli import audit, bench, cache, chat, doctor, errors, keys, models, ps, pull, serve, tenants, usage
+from headrace.cli import audit, bench, cache, chat, doctor, errors, keys, models, ps, pull, reload, serve, tenants, usage
 from headrace.cli import config as show_config
 from headrace.errors import ConfigError, HeadraceError
 
@@ -40,6 +40,7 @@ app.command("chat")(chat.chat)
 app.command("pull")(pull.pull)
 app.command("models")(models.models)
 app.command("ps")(ps.ps)
+app.command("reload")(reload.reload)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(keys.app)

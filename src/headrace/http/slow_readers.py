@@ -9,6 +9,7 @@ off, which is a hang-up for everybody else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +22,8 @@ WRITE_BUFFER = 16 * 1024
 SEND_BUFFER = 16 * 1024
 """Bytes that the kernel is asked to keep for a connection; Linux doubles them, for its own book-keeping. A round trip carries at most so
 much: at 100 ms some 160 KiB a second."""
+SEGMENT = 1460
+"""Most bytes of a segment."""
 _BYTES_ACKED = slice(120, 128)
 """Of Linux' `struct tcp_info`: what the other side has acknowledged."""
 
@@ -34,8 +37,11 @@ class Connection(HttpToolsProtocol):
 
 
 def hold_little(listening: socket.socket) -> None:
-    """Connections that it accepts get small send buffers."""
+    """Connections that it accepts get small send buffers, and segments of Ethernet's size: a machine that is sent larger ones, as on
+    loopback, tells of what its reader has read in larger steps, too."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
 
 
 class SlowReaders:
