@@ -268,8 +268,8 @@ class Kills:
                     found.overshoot = max(found.overshoot, completion - asked.characters)
         for id, counted in self._snapshots.items():
             _, completion, status = rows.get(id, (0, 0, "missing"))
-            # A request that had not begun to be answered was started again, and told its client what it cost.
-            if id not in finished and status != "ok":
+            # Where the worker alone was killed the request went on, and told its client in the end what it cost.
+            if id not in finished and status not in ("ok", "cancelled"):
                 found.counters += abs(completion - counted)
                 found.compared["counters"] += counted
 

@@ -35,17 +35,17 @@ def run(
     users: int = 8,
     every: float = 3.0,
     max_tokens: int = 256,
-    standby: bool = False,
+    standby: int = 0,
     kv_cache_gib: int = 1,
 ) -> Findings:
-    """`every`: seconds between kills, more where the next worker isn't ready by then. `standby`: with a loaded engine in reserve."""
+    """`every`: seconds between kills, more where the next worker isn't ready by then. `standby`: 1 is with a loaded engine in reserve."""
     environment = {"HEADRACE_LOG_LEVEL": "error"} | ({"HEADRACE_STANDBY": "true"} if standby else {})
     with headrace(model, "--kv-cache-gib", str(kv_cache_gib), environment=environment) as server:
         load = Load(server, users, max_tokens)
         with load:
             for number in range(kills):
                 load.kill(last=number == kills - 1, every=every)
-    return load.findings(kills, standby)
+    return load.findings(kills, standby=bool(standby))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Load:
         if not last:
             time.sleep(max(0.0, at + every - time.monotonic()))
 
-    def findings(self, kills: int, standby: bool) -> Findings:
+    def findings(self, kills: int, *, standby: bool) -> Findings:
         interrupted = [stream for stream in self._streams if any(stream.begun < at < stream.ended for at in self._kills)]
         complete = sum(stream.complete(self._max_tokens) for stream in interrupted)
         pauses = [

@@ -86,7 +86,7 @@ def kill_worker(server: RunningServer) -> None:
     """Kill the worker, and wait for the next."""
     pid = server.worker()["pid"]
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: server.worker()["pid"] != pid, what="another worker")
+    eventually(lambda: server.worker()["pid"] != pid, what="another worker", within=60)
 
 
 def test_kills_are_pauses_with_keep_alives_and_one_bill(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_request_that_kills_the_engine_is_refused_by_all_api_processes(tmp_pat
 
         refused = ask()
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "request_quarantined")
-        assert server.worker()["restarts"] == 2
+        assert server.worker()["restarts"] == 3
         for _ in range(12):  # whichever process takes it
             again = ask()
             assert (again.status_code, again.json()["error"]["code"]) == (422, "request_quarantined")
@@ -167,14 +167,14 @@ def test_a_request_that_kills_the_engine_is_refused_by_all_api_processes(tmp_pat
         for stream in streams:
             stream.whole()
             assert stream.text == "good" * 50
-        assert server.worker()["restarts"] == 2
+        assert server.worker()["restarts"] == 3
         api = server.ps()["api"]
         os.kill(api[0]["pid"], signal.SIGKILL)
         server.client.close()
         server.client = httpx.Client(base_url=server.url, timeout=30, trust_env=False)
         eventually(lambda: len([line for line in server.ps()["api"] if line["state"] == "ready" and line["pid"] != api[0]["pid"]]) == 2)
         assert {ask().status_code for _ in range(8)} == {422}
-        assert server.worker()["restarts"] == 2
+        assert server.worker()["restarts"] == 3
 
 
 def test_the_model_says_the_same_after_a_kill(tmp_path: Path) -> None:

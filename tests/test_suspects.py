@@ -108,7 +108,7 @@ async def test_a_request_that_kills_is_found_and_all_others_finish(at: int) -> N
         bad = ask("☠ is poison", id="bad")
         with pytest.raises(RequestQuarantined, match="refused for 3600 s"):
             await collect(client, bad)
-        assert made.deaths == (2 if at == 0 else 3)
+        assert made.deaths == (3 if at == 0 else 4)
         for number, task in enumerate(good):
             events = await task
             assert text_of(events) == f"{number}" * 120
@@ -116,7 +116,7 @@ async def test_a_request_that_kills_is_found_and_all_others_finish(at: int) -> N
         # The same once more, under another name: no engine sees it.
         with pytest.raises(RequestQuarantined):
             await collect(client, ask("☠ is poison", id="worse"))
-        assert made.deaths == (2 if at == 0 else 3)
+        assert made.deaths == (3 if at == 0 else 4)
         assert [print_ for print_, _ in told] == [fingerprint(bad)]
         assert (client.quarantined.convictions, len(client.quarantined)) == (1, 1)
         # Another one is another one.
@@ -144,7 +144,7 @@ async def test_several_api_processes(tmp_path: Path) -> None:
                 await collect(one, ask("☠", id="bad"))
             with pytest.raises(RequestQuarantined):
                 await collect(two, ask("☠", id="bad"))
-            assert made.deaths == 2
+            assert made.deaths == 3
             for task in good:
                 events = await task
                 assert text_of(events) == "g" * 150
@@ -206,11 +206,11 @@ async def test_a_death_that_nobody_noted_makes_a_suspect_in_the_end() -> None:
             worker.server._turns.notes = None  # type: ignore[union-attr]
             await worker.die()
             await until(lambda: not client.ready)
-            if alone[-1]:
+            if alone[-2:] == [True, True]:
                 break
         with pytest.raises(RequestQuarantined):
             await task
-        assert alone == [False] * MAX_SUBMISSIONS + [True]
+        assert alone == [False] * MAX_SUBMISSIONS + [True, True]
         await client.close()
         worker.listening.close()
 

@@ -3,7 +3,7 @@
 The connection is made again whenever it ends. Requests don't notice that: they wait, within their deadlines, and are submitted to the
 next worker, those under way with the tokens that arrived, to go on from there. Only an engine that can't do that, as one that is
 elsewhere, loses what it has begun. Requests that an engine dies of are found out: one that was in the step that it died of, and had got
-nothing from it, is a suspect and runs alone the next time; if that engine dies, too, it is convicted. What becomes of a request whose
+nothing from it, is a suspect and runs alone the next time; if engines go on dying then, it is convicted. What becomes of a request whose
 worker died is decided in one place, `EngineClient._after_death`.
 """
 
@@ -59,6 +59,8 @@ ADRIFT = 0.02
 MAX_SUBMISSIONS = 3
 """A request that saw this many workers die without getting on may be the reason, whatever was noted of their last steps: a suspect. Of
 engines that nothing is noted of, it is ended."""
+LONE_DEATHS = 2
+"""Workers in a row that died while a suspect had them to itself, upon which it is convicted. One may have been killed by somebody else."""
 
 
 class _Stream:
@@ -78,6 +80,7 @@ class _Stream:
         "got_on",
         "handle",
         "held",
+        "lone_deaths",
         "model",
         "pending",
         "request",
@@ -116,6 +119,8 @@ class _Stream:
         """The worker at hand has sent something for it."""
         self.fruitless = 0
         """Workers in a row that died without having sent anything for it."""
+        self.lone_deaths = 0
+        """Of these workers, those that it had to itself."""
         self.suspect = False
         """A worker may have died of it: the next one runs it alone."""
         self.model = ""
@@ -181,7 +186,7 @@ class EngineClient:
 
     `patience`: seconds that a request without a timeout waits for a worker. `on_ready` is called whenever a worker
     said what it is, `on_lost` whenever a connection to a ready worker ended. `meters` is where requests are counted that are on a bill.
-    A request that killed a worker, running alone, is refused for `quarantine_seconds`; `on_quarantine` hears its fingerprint and the
+    A request that killed workers, running alone, is refused for `quarantine_seconds`; `on_quarantine` hears its fingerprint and the
     Unix time until when, to tell the other API processes, whose clients learn it by `quarantine`.
     """
 
@@ -264,6 +269,11 @@ class EngineClient:
     def hope(self) -> None:
         """Workers are being started again."""
         self._unavailable = None
+
+    def expect(self, pid: int) -> None:
+        """That worker serves. One that hangs in the kernel may hold on to its connection for long after it was replaced."""
+        if self._connection is not None and self._worker_pid != pid:
+            self._connection.abort()
 
     def quarantine(self, print_: bytes, until: float) -> None:
         """Refuse requests with this fingerprint until that Unix time, those that wait for a worker, too."""
@@ -601,15 +611,16 @@ class EngineClient:
             self._complete(stream)
             return
         if stream.got_on:
-            stream.fruitless = 0
+            stream.fruitless = stream.lone_deaths = 0
             stream.suspect = False
         else:
             stream.fruitless += 1
+            stream.lone_deaths += stream.suspect and last is not None and last.alone(stream.request.id)
         if stream.began and not resumes:
             stream.fail(EngineDied("The engine's process ended while it answered this request; it is being started again.", retry_after=1))
         elif stream.fruitless >= MAX_SUBMISSIONS and (last is None or not resumes):
             stream.fail(EngineDied(f"The engine's process ended {stream.fruitless} times while this request waited for it."))
-        elif stream.suspect and last is not None and last.alone(stream.request.id):
+        elif stream.lone_deaths >= LONE_DEATHS:
             self._convict(stream)
         elif (refusal := self._closed or self._unavailable or self.quarantined.refusal(stream.request)) is not None:
             stream.fail(refusal)

@@ -64,6 +64,6 @@ class Quarantine:
 def convicted(seconds: float) -> RequestQuarantined:
     """What its caller is told of a request that is refused for so many seconds."""
     return RequestQuarantined(
-        "The engine's process ended twice while it worked on this request, the second time on nothing else. "
+        "The engine's process ended again and again while it worked on this request, and on nothing else. "
         f"The same request is refused for {seconds:.0f} s; change it, or ask the operator to look at the server's log."
     )

@@ -1,8 +1,8 @@
 """Who has the engine while requests are suspected of killing it: one suspect at a time, alone, until it has got on.
 
 A suspect was in the step that an engine died of, and had got nothing from it. Alone with the next engine it either gets its next
-token, and is like any other from then on, or takes that engine along, and is convicted. Meanwhile the others wait. Those that the
-engine has already are taken out of it, and go on later from where they were.
+token, and is like any other from then on, or takes that engine along, too. Meanwhile the others wait. Those that the engine has
+already are taken out of it, and go on later from where they were.
 """
 
 from __future__ import annotations
