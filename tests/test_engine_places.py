@@ -56,6 +56,8 @@ class Place:
             self.client.give_up(EngineUnavailable(place.status.reason))
         else:
             self.client.hope()
+        if place.status.state == "ready":
+            self.client.expect(place.status.pid)
 
     def break_by(self, name: str, text: str = "") -> None:
         (self.folder / name).write_text(text)
@@ -139,6 +141,28 @@ async def test_a_worker_that_hangs_is_replaced(tmp_path: Path, how: str, reason:
         await stand.ready(1)
         assert stand.place.deaths == {"stalled": 1}
         assert any(reason in status.reason for status in stand.said)
+
+
+async def test_a_worker_that_cant_even_be_killed_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.children.UNKILLABLE", 0.5)
+    async with running(tmp_path) as stand:
+        first = await stand.ready()
+        process = stand.place.active._process
+        assert process is not None
+        # As one that hangs in a device's driver: killed, and it doesn't end.
+        monkeypatch.setattr(process, "kill", lambda: None)
+        under_way = asyncio.create_task(stand.ask(1000))
+        await stand.until(lambda: stand.place.stats.running == 1, "a running sequence")
+        os.kill(first, signal.SIGSTOP)
+        try:
+            assert await stand.ask() == 3
+            assert await stand.ready(1) != first
+            assert stand.place.deaths == {"stalled": 1}
+        finally:
+            os.kill(first, signal.SIGKILL)
+            await process.wait()
+            under_way.cancel()
+            await asyncio.gather(under_way, return_exceptions=True)
 
 
 async def test_steps_that_are_expected_to_be_long_are_no_stall(tmp_path: Path) -> None:

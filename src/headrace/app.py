@@ -227,6 +227,8 @@ class SupervisorLink:
             client.give_up(EngineUnavailable(status.reason, retry_after=30))
         else:
             client.hope()
+        if status.state == "ready":
+            client.expect(status.pid)
 
     def _circuit_changed(self, message: CircuitChanged) -> None:
         self._models[message.model][0].circuit = message.state

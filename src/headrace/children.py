@@ -26,6 +26,8 @@ FIRST_STARTS = 3
 STEADY = 10.0
 """Seconds of being ready that count as progress."""
 LONGEST_PAUSE = 30.0
+UNKILLABLE = 3.0
+"""Seconds after which a process that was killed because it hangs is left behind: it waits in the kernel, for a device as a rule."""
 
 
 class Child:
@@ -74,6 +76,9 @@ class Child:
         self._failures = 0
         self._ready_since: float | None = None
         self._verdict = ""
+        self._condemned = asyncio.Event()
+        self._left_behind: list[asyncio.subprocess.Process] = []
+        """Held until they end, if they do."""
         self._fatal = False
         self._last_words = ""
         self._log = structlog.get_logger("headrace.supervisor").bind(child=name)
@@ -120,7 +125,9 @@ class Child:
         """End the living process, now; `why` if it is because it hangs."""
         process = self._process
         if process is not None and process.returncode is None:
-            self._verdict = self._verdict or why
+            if why and not self._verdict:
+                self._verdict = why
+                self._condemned.set()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
@@ -149,6 +156,7 @@ class Child:
         connection = FrameConnection[ToSupervisor](ToSupervisor, self._hear, silent.set)
         self._ready_since = None
         self._last_words, self._verdict, self._fatal = "", "", False
+        self._condemned.clear()
         self.stats = EngineStats()
         try:
             with theirs:
@@ -171,14 +179,30 @@ class Child:
         if self._retired.is_set():
             self.kill()
         self._changed(self)
-        code = await self._process.wait()
-        # What it said last is still to be read.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(silent.wait(), 1)
+        pid, code = self._process.pid, await self._end_of(self._process)
+        if code is None:
+            self._log.error("process can't be killed and is left behind", child_pid=pid)
+            self._left_behind.append(self._process)
+            self._process = None
+        else:
+            # What it said last is still to be read.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(silent.wait(), 1)
         self._connection = None
-        connection.close()
-        self._died(self._process.pid)
-        return code
+        connection.abort()
+        self._died(pid)
+        return -signal.SIGKILL if code is None else code
+
+    async def _end_of(self, process: asyncio.subprocess.Process) -> int | None:
+        """Its exit status; None if it was killed because it hangs, and doesn't end."""
+        ended, condemned = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._condemned.wait())
+        try:
+            await asyncio.wait((ended, condemned), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended,), timeout=UNKILLABLE)
+            return ended.result() if ended.done() else None
+        finally:
+            ended.cancel()
+            condemned.cancel()
 
     def _hear(self, message: ToSupervisor) -> None:
         if isinstance(message, Alive):

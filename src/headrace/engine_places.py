@@ -93,7 +93,7 @@ class EnginePlace:
             return Worker(
                 self,
                 module,
-                name if number == 0 else f"{name} (standby)",
+                name if number == 0 else f"{name}-2",
                 listening=listening,
                 setup=setup,
                 received=received,

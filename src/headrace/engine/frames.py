@@ -202,6 +202,11 @@ class FrameConnection(asyncio.Protocol, Generic[Incoming]):
         if self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """End the connection now, whatever is still to be sent."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def _give_up(self, why: str) -> None:
         structlog.get_logger("headrace.frames").warning("connection closed", reason=why)
         if self._transport is not None:
