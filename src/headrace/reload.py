@@ -13,6 +13,7 @@ from headrace.policies.filter_input import filter_steps
 from headrace.policies.route import candidate
 from headrace.stores.cache_open import second_level
 from headrace.tls import check_tls
+from headrace.tracing import check_tracing
 
 FIXED_SECTIONS = frozenset({"model", "engine", "store"})
 """Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
@@ -40,6 +41,7 @@ def usable(old: Config, new: Config, bound: socket.socket, members: Sequence[Mem
         raise ConfigError(f"The server has to be started again for other values of {', '.join(refused)}.")
     check_strangers(new.server, new.access, bound.getsockname()[0])
     check_tls(new.tls)
+    check_tracing(new.trace)
     if new.cache.response_cache == "on":
         second_level(new)
     filter_steps(new.filters)
