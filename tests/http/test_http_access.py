@@ -186,7 +186,7 @@ async def test_methods_that_a_path_takes() -> None:
     async with client(stand()) as http:
         answer = await http.put("/admin/keys")
     assert answer.status_code == 405
-    assert answer.headers["allow"] == "GET, POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
 
 
 async def test_configured_keys_are_no_administrators() -> None:
