@@ -112,6 +112,7 @@ class Load:
         twice = sum(max(0, stream.tokens - self._max_tokens) for stream in told)
         errors = sorted({stream.error for stream in self._streams if stream.error})
         bound = STANDBY_BOUND if standby else BOUND
+        middle = median(pauses) if pauses else float("inf")
         side = Side("pauses", tuple(pauses), "s")
         share = 100 * complete / max(1, len(interrupted))
         return Findings(
@@ -119,12 +120,10 @@ class Load:
             (
                 Figure("streams completed, of those running at a kill", share, 100.0, "at least", "%"),
                 Figure("tokens lost or twice", float(lost + twice), 0.0, "at most", "tokens"),
-                Figure("pause at a kill, median", median(pauses) if pauses else float("inf"), bound, "at most", "s", (side,) if pauses else ()),
+                Figure("pause at a kill, median", middle, bound, "at most", "s", (side,) if pauses else ()),
                 Figure("pause at a kill, longest", max(pauses, default=float("inf")), None, "at most", "s"),
             ),
-            (
-                f"{len(self._streams)} streams of {self._max_tokens} tokens, {len(interrupted)} of them met a kill, some several; errors: {errors}.",
-            ),
+            (f"{len(self._streams)} streams of {self._max_tokens} tokens, {len(interrupted)} of them met a kill; errors: {errors}.",),
         )
 
     # The server

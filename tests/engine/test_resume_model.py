@@ -1,4 +1,4 @@
-"""The deterministic engine over the real model: distributions are the same to the last bit, whoever else is there and however often it dies."""
+"""The deterministic engine over the real model: to the last bit the same, whoever else is there and however often it dies."""
 
 from __future__ import annotations
 
