@@ -84,6 +84,20 @@ async def test_a_settlement_may_come_before_its_opening(ledger: Ledger) -> None:
     assert await ledger.open_rows("w") == []
 
 
+@pytest.mark.parametrize("count", [1, 3, 21, 85, 700])
+async def test_groups_of_any_size(ledger: Ledger, count: int) -> None:
+    rows = [opened(str(number), opened_at=NOON + number, choices=number) for number in range(count)]
+    await ledger.write(rows, [])
+    assert await ledger.open_rows("w") == rows
+    # Once more among them, as a journal may have it: the first that comes counts.
+    again = [settled(row, 1000) for row in rows[: count // 2]]
+    await ledger.write(rows, [settled(row, number) for number, row in enumerate(rows)] + again)
+    assert await ledger.open_rows("w") == []
+    line = await total(ledger)
+    assert line is not None
+    assert (line.requests, line.completion_tokens) == (count, sum(range(count)))
+
+
 async def test_writers_at_once(ledger: Ledger) -> None:
     rows = [opened(f"r{number}") for number in range(200)]
     groups = [rows[at : at + 50] for at in range(0, 200, 25)]  # each row is in two of them

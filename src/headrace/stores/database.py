@@ -5,9 +5,11 @@ Heavy imports (SQLAlchemy's drivers, Alembic) happen when a `Database` is made o
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from headrace.errors import ConfigError, StoreUnavailable
+from headrace.stores.sqlite_thread import PRAGMAS, SqliteThread
 
 CONNECTIONS = 5
 """Most connections of one process."""
@@ -46,6 +49,7 @@ class Database:
         self.url = _with_driver(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._engine = _engine(self.url, LOCK_TIMEOUT)
+        self._thread = SqliteThread(self.url.database or "", LOCK_TIMEOUT) if self.is_sqlite else None
 
     @property
     def dialect(self) -> Dialect:
@@ -73,6 +77,14 @@ class Database:
                 raise
             raise self._unavailable(error) from error
 
+    async def transact(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """One transaction on SQLite, and there only: `work` runs in a thread. Raises `StoreUnavailable` as `session` does."""
+        assert self._thread is not None, "other databases have no connection to work on in a thread"
+        try:
+            await self._thread.run(work)
+        except (sqlite3.OperationalError, sqlite3.InterfaceError, OSError) as error:
+            raise self._unavailable(error) from error
+
     async def migrate(self) -> None:
         """Bring the tables up to this version; several starters at once do it once.
 
@@ -92,6 +104,8 @@ class Database:
     async def close(self) -> None:
         """Close all connections. Idempotent."""
         await self._engine.dispose()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.close)
 
     def _unavailable(self, error: BaseException) -> StoreUnavailable:
         cause = getattr(error, "orig", None) or error
@@ -154,8 +168,7 @@ def _open_sqlite(connection: Any, record: Any) -> None:
     # Transactions begin where we say (`_begin_sqlite`), not where Python's driver guesses.
     connection.isolation_level = None
     cursor = connection.cursor()
-    # FULL: what was committed survives the loss of power, which bills have to.
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    for pragma in PRAGMAS:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

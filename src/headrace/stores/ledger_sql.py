@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from datetime import date, timedelta
 from decimal import Decimal
+from itertools import chain
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -49,6 +51,8 @@ _ROW = [usage.c[name] for name in UsageRow.__struct_fields__]
 _FIELDS = [*UsageRow.__struct_fields__, "day"]
 _KEPT = frozenset({"id", "opened_at", "day", "tenant", "key"})
 """Columns that are the same when a row is settled."""
+_AT_ONCE = (256, 64, 16, 4, 1)
+"""Rows in one statement on SQLite."""
 
 
 class SqlLedger:
@@ -71,11 +75,14 @@ class SqlLedger:
         )
 
     async def write(self, opened: Sequence[UsageRow], settled: Sequence[UsageRow]) -> None:
+        groups = [(self._open, self._open.values(opened)), (self._settle, self._settle.values(settled))]
+        if self._database.is_sqlite:
+            await self._database.transact(lambda connection: _write(connection, groups))
+            return
         async with self._database.session() as session:
-            if opened:
-                await session.exec_driver_sql(self._open.sql, self._open.values(opened))
-            if settled:
-                await session.exec_driver_sql(self._settle.sql, self._settle.values(settled))
+            for insert, values in groups:
+                if values:
+                    await session.exec_driver_sql(insert.sql, values)
 
     async def open_rows(self, writer: str) -> list[UsageRow]:
         found = sa.select(*_ROW).where(usage.c.writer == writer, usage.c.settled_at.is_(None)).order_by(usage.c.opened_at, usage.c.id)
@@ -114,10 +121,24 @@ class _Prepared:
         assert compiled.positiontup is not None, "both drivers number their parameters"
         self.sql = compiled.string
         self._ordered = itemgetter(*map(_FIELDS.index, compiled.positiontup))
+        one = f"({', '.join('?' * len(_FIELDS))})"
+        self.many = {count: self.sql.replace(one, ", ".join([one] * count), 1) for count in _AT_ONCE} if database.is_sqlite else {}
+        """For that many rows."""
 
     def values(self, rows: Sequence[UsageRow]) -> list[tuple[Any, ...]]:
         ordered = self._ordered
         return [ordered((*astuple(row), int(row.opened_at // SECONDS_A_DAY))) for row in rows]
+
+
+def _write(connection: sqlite3.Connection, groups: Sequence[tuple[_Prepared, list[tuple[Any, ...]]]]) -> None:
+    """Python gives its lock away for each statement that SQLite runs, and gets it back when the event loop has nothing to do: rows that
+    came one by one would wait for that one by one."""
+    for insert, values in groups:
+        begin = 0
+        for count in _AT_ONCE:
+            while len(values) - begin >= count:
+                connection.execute(insert.many[count], tuple(chain.from_iterable(values[begin : begin + count])))
+                begin += count
 
 
 def _conditions(query: UsageQuery) -> list[sa.ColumnElement[bool]]:
