@@ -14,7 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from headrace.claims import parse_rate
 
@@ -169,7 +169,9 @@ class ModelSection(Section):
         "auto", description="Type that the transformers engine computes in; auto is what the device multiplies best"
     )
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="Where the transformers engine runs: auto, cpu, cuda, cuda:N or mps"
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
+        description="Where the transformers engine runs: auto, cpu, cuda, cuda:N or mps",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that a model ships; never settable by a request")
     cache_dir: Path = Field(
@@ -179,6 +181,130 @@ class ModelSection(Section):
     offline: bool = Field(False, description="Never touch the network for models")
     remote_api_key: SecretStr | None = Field(None, description="Bearer token for a remote engine's URL")
     remote_model: str | None = Field(None, description="Model to ask a remote engine for; default is the first it lists")
+
+
+class GoldenPrompt(Section):
+    """A prompt by whose greedy answer versions of a model are compared."""
+
+    prompt: str = Field(min_length=1, description="What is asked")
+    expect: str | None = Field(None, min_length=1, description="What the answer should be like; default is the version before")
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+class ModelEntry(Section):
+    """[models.NAME], or [models."NAME@VERSION"]: one version of one of several models. docs/models.md."""
+
+    model: str | None = Field(None, min_length=1, description="As for MODEL; a version without one has that of [models.NAME]")
+    version: str = Field("1", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="What [models.NAME] itself is called behind the @")
+    revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of a repository on a hub")
+    engine: Literal["auto", "openvino", "transformers"] = Field("auto", description="As for the default model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="As for the default model")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="As for the default model")
+    quantize: Literal["int8", "int4", "nf4"] | None = Field(None, description="As for the default model")
+    weights: Literal["auto", "int4", "int8", "full"] = Field("auto", description="As for the default model")
+    remote_api_key: SecretStr | None = Field(None, description="Bearer token for a remote engine's URL")
+    remote_model: str | None = Field(None, description="Model to ask a remote engine for")
+    replicas: int = Field(1, ge=1, le=64, description="Workers that serve it side by side, each with its own copy in memory")
+    context: int | None = Field(None, ge=16, description="Most tokens of prompt and completion together")
+    aliases: tuple[str, ...] = Field((), description="Further names")
+    kv_cache_gib: float | None = Field(None, gt=0, description="Memory for keys and values of each replica")
+    memory_gib: float | None = Field(None, gt=0, description="Memory that each replica is taken to need; default is worked out")
+    pinned: bool = Field(False, description="Loaded at the start, and never unloaded to make room")
+    keep_alive: float | None = Field(None, ge=0, description='Seconds without requests after which it is unloaded, or such as "5m"')
+    temperature: float | None = Field(None, ge=0, le=2, description="Where a request doesn't say")
+    top_p: float | None = Field(None, gt=0, le=1, description="Where a request doesn't say")
+    top_k: int | None = Field(None, ge=0, description="Where a request doesn't say")
+    min_p: float | None = Field(None, ge=0, le=1, description="Where a request doesn't say")
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Where a request doesn't say")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Where a request doesn't say")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Where a request doesn't say")
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Where a request doesn't say")
+    golden: tuple[GoldenPrompt, ...] = Field(
+        tuple(GoldenPrompt(prompt=text) for text in ("What is the capital of France?", "Count from one to ten.", "Say hello to a friend.")),
+        description="Prompts whose answers a new version must not change too much; strings, or tables of prompt and expect",
+    )
+    golden_similarity: float = Field(0.3, ge=0, le=1, description="Least likeness of the answers, on the mean over the golden prompts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_words(cls, given: object) -> object:
+        """`source` and `quantization` are what others call `model` and `quantize`."""
+        if not isinstance(given, dict):
+            return given
+        known = dict(given)
+        for word, ours in (("source", "model"), ("quantization", "quantize")):
+            if word in known and ours not in known:
+                known[ours] = known.pop(word)
+        return known
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _may_have_a_unit(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", value)
+        if found is None:
+            raise ValueError('it is seconds, or a number with s, m, h or d, such as "5m"')
+        return float(found[1]) * _UNITS[found[2] or "s"]
+
+    @field_validator("golden", mode="before")
+    @classmethod
+    def _may_be_plain_texts(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return tuple({"prompt": each} if isinstance(each, str) else each for each in value)
+        return value
+
+
+class AliasEntry(Section):
+    """[aliases.NAME]: a further name, for one model or for several."""
+
+    to: str | None = Field(None, min_length=1, description="NAME or NAME@VERSION that it stands for")
+    split: dict[str, float] = Field({}, description="Or several of them, each with its weight; a caller stays with one")
+    shadow: str | None = Field(
+        None, min_length=1, description="A model that gets a copy of each request; its answer is compared and dropped"
+    )
+    shadow_share: float = Field(1.0, gt=0, le=1, description="Share of the requests that are copied")
+
+    @field_validator("split")
+    @classmethod
+    def _weights_are_weights(cls, split: dict[str, float]) -> dict[str, float]:
+        if split and (min(split.values()) < 0 or not sum(split.values())):
+            raise ValueError("weights are 0 or more, and not all 0")
+        return split
+
+    @model_validator(mode="after")
+    def _leads_somewhere(self) -> AliasEntry:
+        if (self.to is None) == (not self.split):
+            raise ValueError("it needs one of `to` and `split`")
+        return self
+
+
+class FleetSection(Section):
+    """Several models, and several versions of them. docs/models.md and docs/upgrades.md."""
+
+    models: dict[str, ModelEntry] = Field(
+        {},
+        description='[models.NAME] and [models."NAME@VERSION"]: further models, loaded when asked for (a JSON object in the environment)',
+    )
+    aliases: dict[str, AliasEntry] = Field(
+        {}, description="[aliases.NAME] with to, split or shadow: names for models (a JSON object in the environment)"
+    )
+    memory_budget_gib: float | None = Field(
+        None, gt=0, description="Memory that all loaded models may take, where there are [models]; default is 90 % of what is free"
+    )
+    upgrade_watch: float = Field(30.0, ge=0, le=86_400, description="Seconds that a promoted version is watched, and may be rolled back")
+    upgrade_min_requests: int = Field(5, ge=1, description="Requests of both versions before they are compared")
+    upgrade_error_share: float = Field(
+        0.05, ge=0, lt=1, description="Share by which more requests may fail than before, or the version is rolled back"
+    )
+    upgrade_slowdown: float = Field(2.0, ge=1, description="How many times as long first tokens may take, or the version is rolled back")
+
+    @field_validator("models", "aliases", mode="before")
+    @classmethod
+    def _may_be_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 class EngineSection(Section):
@@ -249,7 +375,10 @@ class ResilienceSection(Section):
     """What is done when an engine fails, or has too much to do."""
 
     stall_timeout: float = Field(
-        5.0, ge=1, le=3600, description="Seconds without progress, or three times a step's expected length, after which a worker is replaced"
+        5.0,
+        ge=1,
+        le=3600,
+        description="Seconds without progress, or three times a step's expected length, after which a worker is replaced",
     )
     standby: bool = Field(False, description="Keep a second engine loaded that takes over at once; takes the model's memory again")
     give_up_after: float = Field(
@@ -374,6 +503,7 @@ class Config(Section):
     tls: TlsSection = TlsSection()
     limits: LimitSection = LimitSection()
     model: ModelSection = ModelSection()
+    fleet: FleetSection = FleetSection()
     engine: EngineSection = EngineSection()
     filters: FilterSection = FilterSection()
     cache: CacheSection = CacheSection()

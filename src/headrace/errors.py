@@ -26,8 +26,11 @@
     │       ├── WaitTooLong           503 wait_too_long
     │       ├── DeadlineUnmeetable    503 deadline_unmeetable
     │       └── Shed                  503 shed                     it waited, and gave its place up to another
+    ├── ModelRefused                  409 model_refused            a model isn't loaded, unloaded, promoted or rolled back
     ├── EngineUnavailable             503 engine_unavailable       (retry)
-    │   └── CircuitOpen               503 circuit_open             (retry)
+    │   ├── CircuitOpen               503 circuit_open             (retry)
+    │   ├── ModelNotLoaded            503 model_not_loaded         (retry) there is no room for it now, or it can't be fetched
+    │   └── ModelTooLarge             503 model_too_large          it never fits
     ├── StoreUnavailable              503 store_unavailable        (retry)
     ├── DeadlineExceeded              504 deadline_exceeded
     ├── ConfigError                   the start is refused
@@ -129,6 +132,13 @@ class ConfigRefused(HeadraceError):
     code = "config_refused"
 
 
+class ModelRefused(HeadraceError):
+    """What an administrator wants of a model isn't done; nothing has changed."""
+
+    status = 409
+    code = "model_refused"
+
+
 class RequestQuarantined(HeadraceError):
     """The engine's process died of this request, when it ran alone; until the quarantine is over it isn't tried again."""
 
@@ -212,6 +222,19 @@ class CircuitOpen(EngineUnavailable):
     """The engine failed too often of late, and is left alone for a while."""
 
     code = "circuit_open"
+
+
+class ModelNotLoaded(EngineUnavailable):
+    """One of several models, that can't be brought to memory now."""
+
+    code = "model_not_loaded"
+
+
+class ModelTooLarge(EngineUnavailable):
+    """It needs more memory than all models together may take."""
+
+    code = "model_too_large"
+    retry = False
 
 
 class StoreUnavailable(HeadraceError):

@@ -205,7 +205,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Of those, guessed rightly."""
 
 
-EngineState = Literal["starting", "ready", "standby", "stopping", "failed"]
+EngineState = Literal["absent", "loading", "starting", "ready", "standby", "stopping", "failed"]
+"""`absent`: not loaded, and loaded when it is asked for; `loading`: asked for. A model that was ready and isn't any more is `starting`."""
 
 
 CircuitState = Literal["closed", "half_open", "open"]
@@ -261,6 +262,8 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Hash over the weights; two models with the same fingerprint give the same distributions."""
     notes: tuple[str, ...] = ()
     """Lines to say at start, such as that this is a small demonstration model."""
+    pending: bool = False
+    """It is not on this machine yet, and nothing but its names is known."""
 
     @property
     def public_name(self) -> str:
@@ -601,6 +604,10 @@ class Call:
     """Whether the caller wants the response cache; None leaves it to the server."""
     cache_control: str = ""
     """The request's Cache-Control header."""
+    asked: str | None = None
+    """The name that `model` was found by, where that is an alias or a name without a version."""
+    shadow: str = ""
+    """A model that is to get a copy of the request, for its answer to be compared."""
     storable: bool = True
     """A step sets it False where the answer must not be kept: degraded, from a fallback, or cut short."""
     others_left: bool = False

@@ -132,7 +132,11 @@ def shown(field: str, value: object) -> object:
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, dict):
-        plain = {name: each.model_dump(mode="json", exclude_none=True) for name, each in value.items() if isinstance(each, Section)}
+        plain = {
+            name: each.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+            for name, each in value.items()
+            if isinstance(each, Section)
+        }
         return {**value, **plain}
     if isinstance(value, str) and "://" in value:
         value = re.sub(r"(?<=://)[^/@\s]+@", "***@", value)
@@ -273,6 +277,9 @@ def _explained(error: ValidationError, given: Mapping[str, object], origins: Map
     said: set[str] = set()
     for problem in error.errors(include_url=False, include_context=False):
         field = str(problem["loc"][0])
+        if len(problem["loc"]) > 1 and isinstance(given[field], dict) and (inner := _section_within(field)) is not None:
+            yield _explained_within(inner, problem["loc"], problem["type"], problem["msg"], given[field], origins[field])
+            continue
         if field in said:
             continue
         said.add(field)
@@ -284,6 +291,49 @@ def _explained(error: ValidationError, given: Mapping[str, object], origins: Map
             )
         what = "this value is not valid" if is_secret(field) else f"{shown(field, value)!r} is not valid"
         yield f"{origins[field]}: {what}: {message}."
+
+
+def _section_within(field: str) -> type[Section] | None:
+    """Of a table of sections, such as [models.NAME], what each of them is."""
+    arguments = get_args(_field_info(field).annotation)
+    return arguments[1] if len(arguments) == 2 and isinstance(arguments[1], type) and issubclass(arguments[1], Section) else None
+
+
+def _explained_within(inner: type[Section], loc: tuple[int | str, ...], kind: str, said: str, table: object, origin: Origin) -> str:
+    """A problem with a key of a section in a table of sections. `loc` is the table, the section's name, the key, and more."""
+    path = [str(part) for part in loc]
+    named = ".".join(path)
+    if origin.kind in ("toml", ".env") and origin.place:
+        line = _line_within(Path(origin.place), path) if origin.kind == "toml" else None
+        place = f"{origin.place}{f', line {line}' if line else ''}: {named}"
+    else:
+        place = f"{origin}: {named}"
+    if kind == "extra_forbidden":
+        nearest = _nearest(path[-1].lower().replace("-", "_"), {field: field for field in inner.model_fields})
+        advice = f"did you mean {nearest}?" if nearest else f"there is {', '.join(inner.model_fields)}."
+        return f"{place} is not a known key; {advice}"
+    value = table
+    for part in loc[1:]:
+        value = value.get(part) if isinstance(value, dict) else None
+    secret = len(path) > 2 and path[2] in inner.model_fields and _mentions(inner.model_fields[path[2]].annotation, SecretStr)
+    what = "this value is not valid" if secret or isinstance(value, dict | None) else f"{value!r} is not valid"
+    return f"{place}: {what}: {said.removeprefix('Value error, ')}."
+
+
+def _line_within(file: Path, path: list[str]) -> int | None:
+    """Where the key is, in the section of that name."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    wanted, found = path[:2], None
+    for number, line in enumerate(lines, 1):
+        if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+            name = [part.strip("\"'") for part in re.findall(r"""\"[^"]*\"|'[^']*'|[^.\s]+""", header[1])]
+            found = number if name == wanted else None
+        elif found and len(path) > 2 and re.match(rf"""\s*["']?{re.escape(path[2])}["']?\s*=""", line):
+            return number
+    return None
 
 
 def _expanded(section: Section, origins: Mapping[str, Origin], problems: list[str]) -> Section:
