@@ -87,7 +87,8 @@ def build_engine(
         name=files.name,
         kind=files.kind,
         context_length=files.context_length,
-        fingerprint=files.fingerprint,
+        # Other rounding: kept answers of the one mode aren't the other's.
+        fingerprint=files.fingerprint + ("-deterministic" if config.engine.deterministic else ""),
         config=config.engine,
     )
 
