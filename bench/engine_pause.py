@@ -18,7 +18,7 @@ import httpx
 from bench.figures import Figure, Findings, Side
 from bench.servers import ServerFailed, headrace
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 STANDBY_BOUND = 1.0
 RESTART_BOUND = 6.0
 """Seconds to load a model that is in the cache; beyond `stall_timeout` where the engine has to be found stopped first."""
