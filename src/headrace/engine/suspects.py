@@ -104,8 +104,10 @@ class _Run:
 
     def begin(self) -> None:
         request = self.request
-        if self._deadline is not None and self._turns.resumes:
-            request = msgspec.structs.replace(request, timeout=max(0.001, self._deadline - asyncio.get_running_loop().time()))
+        if request.timeout is not None and self._deadline is not None:
+            left = self._deadline - asyncio.get_running_loop().time()
+            if left < request.timeout - 0.001:  # it had to wait
+                request = msgspec.structs.replace(request, timeout=max(0.001, left))
         if self._ended or self._scored or any(self._said):
             request = msgspec.structs.replace(request, resume=Resume(tuple(map(tuple, self._said)), tuple(self._ended), self._scored))
         self._turns.running.add(self)
