@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headrace.config import Config, ModelSection
+from headrace.config import Config, ModelEntry, ModelSection
 from headrace.errors import ConfigError
 from headrace.models.resolve import resolve
 from headrace.policies.route import candidate
@@ -19,6 +19,11 @@ class Member:
 
     files: ModelFiles
     section: ModelSection
+    entry: ModelEntry | None = None
+    """Its section in the configuration, where it is one of [models]."""
+    family: str = ""
+    """The name that it shares with its other versions."""
+    version: str = ""
 
 
 def lineup(config: Config) -> tuple[Config, list[Member]]:

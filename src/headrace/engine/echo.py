@@ -30,9 +30,9 @@ CAPABILITIES = frozenset(
 class EchoEngine:
     """`ports.Engine` and `ports.Submits`.
 
-    `pace`: seconds a step takes, 0 for as fast as it goes; `load`: seconds that `start` takes; `max_sequences`: most
-    sequences in one step, more wait: the higher rank first, and
-    within a rank the tenants take turns.
+    `pace`: seconds a step takes, 0 for as fast as it goes; `load`: seconds that `start` takes; `says`: what it answers to
+    everything, if it isn't empty; `memory`: bytes that it takes, as a model's weights would; `max_sequences`: most sequences in one step,
+    more wait: the higher rank first, and within a rank the tenants take turns.
     """
 
     def __init__(
@@ -45,7 +45,12 @@ class EchoEngine:
         max_sequences: int = 64,
         pace: float = 0.0,
         load: float = 0.0,
+        says: str = "",
+        memory: int = 0,
     ) -> None:
+        self._answer = tokenizer.encode(says)
+        self._memory = memory
+        self._held = bytearray()
         self.pulse = Pulse()
         self.notes: StepNotes | None = None
         self._noted: list[str] = []
@@ -86,18 +91,32 @@ class EchoEngine:
     ) -> EchoEngine:
         """The engine that a model's address asks for, such as `echo?pace=0.02`. Raises `ModelError`."""
         known = {"pace": 0.0, "load": 0.0}
+        says = options.get("says", "")
+        memory = echo_memory(options)
         for option, value in options.items():
+            if option in ("says", "memory"):
+                continue
             if option not in known:
-                raise ModelError(f"echo has no option {option!r}; it has context, {', '.join(known)}.")
+                raise ModelError(f"echo has no option {option!r}; it has context, memory, says, {', '.join(known)}.")
             try:
                 known[option] = float(value)
             except ValueError:
                 known[option] = math.nan
             if not 0 <= known[option] <= 3600:
                 raise ModelError(f"echo's option {option}={value!r} should be a number of seconds, 0 to 3600.")
-        return cls(tokenizer, name=name, context_length=context_length, fingerprint=fingerprint, max_sequences=max_sequences, **known)
+        return cls(
+            tokenizer,
+            name=name,
+            context_length=context_length,
+            fingerprint=fingerprint,
+            max_sequences=max_sequences,
+            says=says,
+            memory=memory,
+            **known,
+        )
 
     async def start(self) -> EngineCard:
+        self._held = bytearray(b"\1") * self._memory  # written to, so that it is really there
         await asyncio.sleep(self._load)
         return self._card
 
@@ -143,6 +162,8 @@ class EchoEngine:
             self._next_step = None
 
     def _said(self, prompt: list[int]) -> list[int]:
+        if self._answer:
+            return self._answer
         ends = self._tokenizer.eos_ids
         end = next((at for at in range(len(prompt) - 1, -1, -1) if prompt[at] in ends), None)
         if end is None:
@@ -213,6 +234,14 @@ class EchoEngine:
             job.hand_over()
 
 
+def echo_memory(options: Mapping[str, str]) -> int:
+    """Bytes that an echo's option `memory`, in MiB, makes it take. Raises `ModelError`."""
+    value = options.get("memory", "0")
+    if not value.isascii() or not value.isdigit() or int(value[:12]) > 1024 * 1024:
+        raise ModelError(f"echo's option memory={value!r} should be a whole number of MiB.")
+    return int(value) * 2**20
+
+
 class _Job:
     """A request: its sequences, and their events until the step is over."""
 
@@ -221,7 +250,7 @@ class _Job:
         self.deliver = deliver
         self.said = said
         self.limit = min(request.sampling.max_tokens, context_length - len(request.prompt))
-        self.received = asyncio.get_running_loop().time()
+        self.received = asyncio.get_running_loop().time() - request.waited
         self.deadline = math.inf if request.timeout is None else self.received + request.timeout
         self.started: float | None = None
         self.fresh = True

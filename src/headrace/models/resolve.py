@@ -370,7 +370,8 @@ def _echo(address: Echo) -> ModelFiles:
     context = options.pop("context", str(_ECHO_CONTEXT))
     if not context.isascii() or not context.isdigit() or not 16 <= int(context[:12]) <= 10**9:
         raise ModelError(f"echo's option context={context!r} should be a number of tokens, 16 or more.")
-    return ModelFiles(name="echo", kind="echo", options=options, context_length=int(context), fingerprint="echo")
+    fingerprint = f"echo says {options['says']}" if options.get("says") else "echo"
+    return ModelFiles(name="echo", kind="echo", options=options, context_length=int(context), fingerprint=fingerprint)
 
 
 def _print(*parts: str) -> str:

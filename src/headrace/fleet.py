@@ -1,0 +1,203 @@
+"""The models of [models.NAME] in the configuration: versions of families, their names, and the memory that each will need.
+
+`NAME@VERSION` is what a version is called everywhere inside, and what it is billed under. [models.NAME] is a version itself, if it says
+which model it is, and what its further versions, [models."NAME@VERSION"], leave unsaid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from headrace.config import Config, ModelEntry, ModelSection
+from headrace.engine.kv_budget import free_memory
+from headrace.errors import ConfigError, ModelError
+from headrace.lineup import Member
+from headrace.models.address import Echo, Local, Remote, Repository, parse
+from headrace.models.catalog import CatalogEntry
+from headrace.models.resolve import resolve
+from headrace.types import ModelFiles
+
+WORKING = 300 * 2**20
+"""Bytes of a worker beside weights, keys and values: the interpreter, the engine's library, its compiled graph."""
+WORKING_ECHO = 64 * 2**20
+KV_SHARE = 0.4
+"""Of the budget, what all models' keys and values take together where nothing is set."""
+LEAST_KV, MOST_KV = 2**28, 2**31
+FREE_SHARE = 0.9
+"""Of the memory that is free at the start, what models may take where nothing is set."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,126}")
+_VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fleet:
+    """What the configuration says of several models."""
+
+    members: tuple[Member, ...]
+    current: Mapping[str, str]
+    """By family, the version that the bare name stands for at the start."""
+
+    @property
+    def default(self) -> Member:
+        """The first family's current version."""
+        first = self.members[0].family
+        return next(member for member in self.members if member.files.name == self.current[first])
+
+
+def fleet(config: Config) -> Fleet:
+    """The members as far as they are known without a download. Raises `ConfigError` and `ModelError` for what can't be meant."""
+    entries = config.fleet.models
+    members: list[Member] = []
+    current: dict[str, str] = {}
+    for name, entry in entries.items():
+        family, at, version = name.partition("@")
+        if not _NAME.fullmatch(family) or (at and not _VERSION.fullmatch(version)):
+            raise ConfigError(f"models: {name!r} is no name for a model; it is NAME or NAME@VERSION, of letters, digits and . _ : / -")
+        base = entries.get(family) if at else None
+        whole = _inherited(entry, base)
+        if whole.model is None:
+            if at:
+                raise ConfigError(f"models.{name} doesn't say which `model` it is, and there is no [models.{family}] that does.")
+            if not any(other.startswith(f"{family}@") for other in entries):
+                raise ConfigError(f"models.{name} doesn't say which `model` it is.")
+            continue
+        version = version or entry.version
+        id_ = f"{family}@{version}"
+        if any(member.files.name == id_ for member in members):
+            raise ConfigError(
+                f"models: {id_} is there twice; [models.{family}] itself is version {entry.version!r}, unless `version` says."
+            )
+        section = _section(config.model, whole, id_)
+        aliases = () if at else (family, *entry.aliases)
+        files = _files(section, id_, aliases if not at else tuple(entry.aliases), look=True)
+        members.append(Member(files, section, whole, family, version))
+        if not at or family not in current:
+            current[family] = id_
+    known = {member.files.name for member in members} | set(current)
+    _check_names(config, members, current, known)
+    return Fleet(tuple(members), current)
+
+
+def _inherited(entry: ModelEntry, base: ModelEntry | None) -> ModelEntry:
+    if base is None:
+        return entry
+    kept = {field: getattr(base, field) for field in base.model_fields_set - entry.model_fields_set - {"version", "aliases", "pinned"}}
+    return entry.model_copy(update=kept)
+
+
+def _section(base: ModelSection, entry: ModelEntry, name: str) -> ModelSection:
+    """What the model's worker is told."""
+    assert entry.model is not None
+    address = parse(entry.model, base.hub)
+    source = entry.model
+    if entry.revision is not None:
+        if not isinstance(address, Repository):
+            raise ConfigError(f"models.{name}: revision is for repositories on hubs; {entry.model} is none.")
+        source = str(dataclasses.replace(address, revision=entry.revision))
+        parse(source, base.hub)
+    same = {field: getattr(entry, field) for field in ("engine", "dtype", "device", "quantize", "weights", "context")}
+    of_a_remote = {"remote_api_key": entry.remote_api_key, "remote_model": entry.remote_model}
+    return base.model_copy(update={"model": source, "name": None, **same, **of_a_remote})
+
+
+def _files(section: ModelSection, name: str, aliases: tuple[str, ...], *, look: bool) -> ModelFiles:
+    address = parse(section.model, section.hub)
+    if isinstance(address, Local):
+        return ModelFiles(name=name, kind="openvino", aliases=aliases, pending=True)
+    try:
+        here = isinstance(address, Echo | Remote)
+        return named(resolve(section if here else section.model_copy(update={"offline": True})), name, aliases)
+    except ModelError:
+        if here:
+            raise
+        assert isinstance(address, Repository | CatalogEntry)
+        return ModelFiles(name=name, kind="openvino", aliases=aliases, pending=True)
+
+
+def fetched(member: Member) -> ModelFiles:
+    """The member's files, on this machine. Blocks, for minutes if it downloads. Raises `ModelError`."""
+    return named(resolve(member.section), member.files.name, member.files.aliases)
+
+
+def named(files: ModelFiles, name: str, aliases: tuple[str, ...]) -> ModelFiles:
+    return msgspec.structs.replace(files, name=name, aliases=aliases)
+
+
+def _check_names(config: Config, members: Iterable[Member], current: Mapping[str, str], known: set[str]) -> None:
+    taken = dict.fromkeys(known, "a model")
+    for member in members:
+        for alias in member.files.aliases:
+            if alias != member.family:
+                if alias in taken:
+                    raise ConfigError(f"models.{member.family}: the alias {alias!r} is {taken[alias]} already.")
+                taken[alias] = f"an alias of {member.files.name}"
+    for alias, entry in config.fleet.aliases.items():
+        if alias in taken:
+            raise ConfigError(f"aliases: {alias!r} is {taken[alias]} already.")
+        for target in (*([entry.to] if entry.to else ()), *entry.split, *([entry.shadow] if entry.shadow else ())):
+            if target not in known:
+                raise ConfigError(f"aliases.{alias}: there is no model {target!r}; there is {', '.join(sorted(known))}.")
+
+
+# Memory
+
+
+def budgets(config: Config, gpus: Sequence[int] | None = None) -> dict[str, int]:
+    """Bytes of each pool that models may take: RAM, and each GPU. `gpus`: what is free on each; None asks the driver."""
+    if gpus is None:
+        from headrace.engine.gpu_memory import all_gpus
+
+        gpus = [memory.free for _, memory in all_gpus()]
+    given = config.fleet.memory_budget_gib
+    pools = {"ram": int(given * 2**30) if given is not None else int(FREE_SHARE * free_memory())}
+    return pools | {f"gpu:{number}": int(free * config.engine.gpu_memory_utilization) for number, free in enumerate(gpus)}
+
+
+def kv_bytes(config: Config, member: Member, pool: int) -> int:
+    """Memory for keys and values of one replica: as set, or its part of the pool's."""
+    for given in (member.entry.kv_cache_gib if member.entry is not None else None, config.engine.kv_cache_gib):
+        if given is not None:
+            return int(given * 2**30)
+    return min(MOST_KV, max(LEAST_KV, int(KV_SHARE * pool / max(1, len(config.fleet.models)))))
+
+
+def needs(config: Config, member: Member, files: ModelFiles, pools: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each pool that all replicas of a model will need. Raises `ModelError` for options that an echo doesn't have."""
+    replicas = member.entry.replicas if member.entry is not None else 1
+    given = member.entry.memory_gib if member.entry is not None else None
+    pool = _pool(files, member.section, pools)
+    if given is not None:
+        return {pool: replicas * int(given * 2**30)}
+    if files.kind == "echo":
+        from headrace.engine.echo import echo_memory
+
+        return {"ram": replicas * (WORKING_ECHO + echo_memory(files.options))}
+    if files.kind == "remote":
+        return {"ram": replicas * WORKING_ECHO}
+    each = weight_bytes(Path(files.folder), member.section) + kv_bytes(config, member, pools.get(pool, 0))
+    if pool == "ram":
+        return {"ram": replicas * (each + WORKING)}
+    return {"ram": replicas * 2 * WORKING, pool: replicas * each}
+
+
+def weight_bytes(folder: Path, section: ModelSection) -> int:
+    """What the weights take once they are loaded."""
+    size = sum(path.stat().st_size for pattern in ("*.bin", "*.safetensors", "*.gguf") for path in folder.glob(pattern))
+    if section.quantize is not None and any(folder.glob("*.safetensors")):
+        # From 16 bits, with scales.
+        size = int(size * (0.53 if section.quantize == "int8" else 0.3))
+    return size
+
+
+def _pool(files: ModelFiles, section: ModelSection, pools: Mapping[str, int]) -> str:
+    if files.kind != "transformers" or section.device == "cpu":
+        return "ram"
+    gpus = [name for name in pools if name.startswith("gpu:")]
+    wanted = section.device.partition(":")[2]
+    return f"gpu:{wanted}" if wanted and f"gpu:{wanted}" in gpus else gpus[0] if gpus else "ram"
