@@ -59,9 +59,13 @@ class Queue(msgspec.Struct, frozen=True, array_like=True):
     seconds_each: float = 0.0
     """That a sequence is expected to run from its first token to its last."""
     speed: float = 0.0
-    """Prompt tokens computed in a second, beside the decodes; 0 where it is not known yet."""
+    """Prompt tokens of waiting requests that get done in a second, beside the decodes; 0 where it is not known yet."""
+    own: float = 0.0
+    """Seconds that a token of a request's own prompt adds to its wait, where that is known: short prompts say nothing of long ones."""
     token_seconds: float = 0.0
     """Seconds from one token of a sequence to its next."""
+    flooded: bool = False
+    """So many patient requests wait that they are left for later, and what comes newly goes before them."""
     limit: float = 0.0
     """Seconds that a request may wait without being patient: less than the target, and corrected by what is observed; 0 is no limit."""
 
@@ -121,9 +125,8 @@ def predicted_wait(queue: Queue, newcomer: Newcomer, rank: int) -> float:
         if line.rank == rank and line.tenant != newcomer.tenant:
             tokens += min(line.tokens, own_tokens)
             sequences += min(line.sequences, own_sequences)
-    alone = newcomer.tokens / queue.speed if queue.speed else 0.0
-    prompts = (tokens + own_tokens) / queue.speed if queue.speed else 0.0
-    return max(prompts, slot_wait(queue, sequences + own_sequences) + alone)
+    before = (tokens + own_tokens - newcomer.tokens) / queue.speed if queue.speed else 0.0
+    return max(before, slot_wait(queue, sequences + own_sequences)) + newcomer.tokens * queue.own
 
 
 def slot_wait(queue: Queue, sequences: int) -> float:
@@ -140,27 +143,30 @@ def slot_wait(queue: Queue, sequences: int) -> float:
 def place(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> Place | HeadraceError:
     """Where a request would stand, or why it may not come in. It knows nothing of the bounds on requests and tokens: `room` does."""
     rank = rank_of(newcomer.priority, PROMPT)
-    wait = predicted_wait(queue, newcomer, rank)
+    last = predicted_wait(queue, newcomer, rank_of(newcomer.priority, PATIENT))
+    wait = predicted_wait(queue, newcomer, rank) if queue.flooded else last
     patient = bool(queue.limit) and wait > queue.limit
     if patient:
-        rank = rank_of(newcomer.priority, PATIENT)
-        wait = predicted_wait(queue, newcomer, rank)
+        rank, wait = rank_of(newcomer.priority, PATIENT), last
     late = refuse_late(queue, newcomer, wait)
     if late is not None:
         return late
     if patient:
         burst = sum([line.requests for line in queue.lines if line.rank == rank and line.tenant == newcomer.tenant])
-        if newcomer.priority == "sheddable" or burst >= BURST:
+        if burst >= BURST or (queue.flooded and newcomer.priority == "sheddable"):
             return WaitTooLong(
                 f"The first token would come after about {wait:.1f} s, and this model's queue aims at less; other requests go first.",
-                retry_after=max(1.0, wait - queue.limit),
+                retry_after=max(1.0, wait),
             )
     if wait > bounds.wait and queue.lines:
         return WaitTooLong(
             f"The first token would come after about {wait:.0f} s; {bounds.wait:g} s is the most (max_queue_wait).",
-            retry_after=max(1.0, wait - bounds.wait),
+            retry_after=max(1.0, wait),
         )
     return Place(rank, wait)
+
+
+# A request is told to come back when all that wait now are predicted to have begun. There will be room earlier, but predictions err.
 
 
 def refuse_late(queue: Queue, newcomer: Newcomer, wait: float) -> HeadraceError | None:
@@ -170,13 +176,13 @@ def refuse_late(queue: Queue, newcomer: Newcomer, wait: float) -> HeadraceError 
     work = newcomer.certain * queue.token_seconds
     if wait + work <= SLACK * newcomer.timeout:
         return None
-    alone = (newcomer.tokens / queue.speed if queue.speed else 0.0) + work
+    alone = newcomer.tokens * queue.own + work
     message = f"The request can't be met within its {newcomer.timeout:g} s: about {wait:.2f} s to its first token"
     message += f", and {work:.2f} s for the {newcomer.certain} tokens after it." if work else "."
     if alone > SLACK * newcomer.timeout:
         # No time is a good one to come back, so none is named.
         return DeadlineUnmeetable(f"{message} It would take longer than that without any other request, too.")
-    return DeadlineUnmeetable(message, retry_after=max(1.0, wait + work - newcomer.timeout))
+    return DeadlineUnmeetable(message, retry_after=max(1.0, wait))
 
 
 def is_full(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> bool:

@@ -174,14 +174,18 @@ async def run_load(
     timeout: float = 300.0,
     extra: Mapping[str, object] | None = None,
     cached: bool = False,
+    arrivals: Sequence[float] | None = None,
     on_done: Callable[[Sample], None] | None = None,
 ) -> LoadResult:
     """Send `requests` streaming, greedy requests, `users` at a time, each user the next as soon as its last one ended.
 
     `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that
     know it generate exactly `max_tokens`. Unless `cached`, no answer of a cache is wanted. `timeout` is seconds for one request.
+    With `arrivals`, seconds from the start in order, the loop is open: a request for each, then, whether or not others are done.
     Raises `LoadFailed` where the server is away before the first request; what fails later is counted by kind in the result.
     """
+    if arrivals is not None:
+        requests = len(arrivals)
     address = _Address.of(url, api)
     if api == "openai" and model is None:
         model = await _first_model(address, key, timeout)
@@ -225,10 +229,28 @@ async def run_load(
             if connection is not None:
                 connection.close()
 
+    idle: list[_Connection] = []
+
+    async def visitor(number: int) -> None:
+        connection = idle.pop() if idle else None
+        sample, connection = await _ask(address, connection, number, bodies[number], timeout, counted.get(texts[number % len(texts)]))
+        samples.append(sample)
+        if connection is not None:
+            idle.append(connection)
+        if on_done is not None:
+            on_done(sample)
+
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(users, requests)):
-            group.create_task(user())
+        if arrivals is None:
+            for _ in range(min(users, requests)):
+                group.create_task(user())
+        else:
+            for number, at in enumerate(arrivals):
+                await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+                group.create_task(visitor(number))
+    for connection in idle:
+        connection.close()
     total = time.perf_counter() - started
     samples.sort(key=lambda sample: sample.number)
     return LoadResult(url=url, model=model, users=users, total_time=total, samples=samples)
@@ -498,7 +520,7 @@ async def _ask(
     except OSError as failure:
         error = f"connect: {failure.strerror or type(failure).__name__}"
     ended = time.perf_counter()
-    if error is not None and connection is not None:
+    if error is not None and connection is not None and not error.startswith("http "):
         connection.close()
         connection = None
     sample = Sample(

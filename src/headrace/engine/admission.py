@@ -3,9 +3,13 @@
 It stands in the worker, before the engine, because the worker alone sees the requests of all API processes; the requests themselves wait in
 the engine's scheduler, which takes them by rank and shares between tenants.
 
-The limit within which a request counts as prompt is not set by hand. It begins at half the target for the time to first token, and is
-corrected by what admitted requests then saw: cut where one came too close to the target, raised a little where they stay well below
-(additive increase, multiplicative decrease, as TCP does; Chiu and Jain, 1989).
+Requests beyond the limit are patient: they are held back before the engine (`engine/held.py`), which gets them in order as it has room.
+Only when one tenant has `BURST` of them is the model flooded: from then on, and until half of them are gone, what comes newly goes before
+them. So a burst is served in the order in which it came, and an overload doesn't make everybody late.
+
+The limit within which a request counts as prompt is not set by hand. It is that part of the target for the time to first token that, going
+by how long prompt requests of late really waited against what had been predicted for them, leads to `AIM` of the target: where predictions
+are too low, because decodes or others on the machine slow the prompts down, the limit falls in proportion, and rises again with them.
 """
 
 from __future__ import annotations
@@ -16,19 +20,23 @@ from collections.abc import Callable
 import msgspec
 
 from headrace.config import OverloadSection
-from headrace.errors import HeadraceError, Shed
-from headrace.types import PROMPT, EngineStats, GenerateRequest
-from headrace.waiting import Bounds, Line, Newcomer, Place, Queue, is_full, no_room, place, predicted_wait, rank_of, who_gives_way
+from headrace.engine.pace import Pace
+from headrace.errors import DeadlineExceeded, HeadraceError, Shed
+from headrace.types import PATIENT, PROMPT, EngineStats, GenerateRequest
+from headrace.waiting import BURST, Bounds, Line, Newcomer, Place, Queue, is_full, no_room, place, predicted_wait, rank_of, who_gives_way
 
 MEMORY = 3.0
 """Seconds of waiting requests over which the speed of prompts is measured."""
-FIRST_SHARE, LEAST_SHARE, MOST_SHARE = 0.5, 0.1, 0.75
-"""Of the target, that may be predicted for a request that counts as prompt."""
-NEAR, FAR = 0.9, 0.6
-"""Of the target: an observed wait beyond the first cuts the limit, one below the second raises it."""
-CUT, RAISE = 0.85, 0.01
-CUT_INTERVAL = 0.5
-"""Seconds between cuts: those who wait already came in under the old limit."""
+AIM = 0.6
+"""Of the target: where the wait of the last that is let in as prompt should come out. The rest is for what can't be foreseen."""
+LEAST_SHARE, MOST_SHARE = 0.2, 0.9
+"""Of the target: bounds of the limit."""
+PRIOR = 0.5
+"""Seconds of a wait that came out as predicted, to begin with and to fall back on."""
+FORGET = 5.0
+"""Seconds in which the comparison of waits with their predictions loses most of its weight."""
+KEPT = 8
+"""Requests that the engine has waiting at least, while others are held back before it."""
 _LATEST = 0.1
 """Weight of the latest request in the averages of length and pace."""
 
@@ -36,7 +44,22 @@ _LATEST = 0.1
 class Entry:
     """A request in the engine."""
 
-    __slots__ = ("certain", "evict", "first_at", "generated", "line", "most", "received_at", "request", "sequences", "shed", "tokens")
+    __slots__ = (
+        "before",
+        "began_to_wait",
+        "certain",
+        "evict",
+        "first_at",
+        "generated",
+        "line",
+        "most",
+        "received_at",
+        "request",
+        "sequences",
+        "shed",
+        "tokens",
+        "wait",
+    )
 
     def __init__(self, request: GenerateRequest, rank: int, received_at: float, evict: Callable[[], None]) -> None:
         sampling = request.sampling
@@ -52,8 +75,19 @@ class Entry:
         self.generated = 0
         """Tokens, over all choices."""
         self.first_at: float | None = None
+        self.before: int | None = None
+        """Prompt tokens that waited in the engine when it came there; None if there was no slot for it."""
+        self.began_to_wait = received_at
+        """When it was handed to the engine."""
+        self.wait = 0.0
+        """Seconds to its first token that were predicted."""
         self.shed: HeadraceError | None = None
         """Why it was put out of the queue, if so."""
+
+    @property
+    def held(self) -> bool:
+        """Whether it is held back before the engine."""
+        return self.line[1] % 2 == PATIENT
 
 
 class Admission:
@@ -64,8 +98,8 @@ class Admission:
         self.refused = 0
         """Requests that were not let in, or put out."""
         self._target = section.ttft_target
-        self._share = FIRST_SHARE
-        self._cut_at = float("-inf")
+        self._waited = self._foretold = 0.0
+        """Seconds that prompt requests of late waited, and that had been predicted for them; both fade."""
         self._slots = slots
         self._clock = clock
         self._waiting: dict[int, Entry] = {}
@@ -73,9 +107,12 @@ class Admission:
         self._running: dict[int, Entry] = {}
         self._lines: dict[tuple[int, int], list[int]] = {}
         """Requests, sequences and tokens that wait, by tenant and rank."""
-        self._sequences_waiting = 0
         self._sequences_running = 0
         self._tokens_done = self._time_spent = 0.0
+        self._first_tokens = Pace()
+        """How the wait grows with the prompt tokens before the first token, of requests that found a slot."""
+        self._held = 0
+        self._flooded = False
         self._looked_at = clock()
         self._length = 0.0
         """Mean of the completions' lengths, tokens; 0 before the first."""
@@ -104,8 +141,28 @@ class Admission:
                 self.refused += 1
                 raise found
             entry.line = request.tenant, found.rank
+            entry.wait = found.wait
         self._enter(entry)
         return entry
+
+    def has_room(self) -> bool:
+        """Whether the next of the requests that are held back should go to the engine now: always when it has nothing waiting; unless it is
+        flooded, also while it has little."""
+        waiting = len(self._waiting) - self._held
+        if not waiting or self._flooded:
+            return not waiting
+        return waiting < KEPT or predicted_wait(self.queue(), Newcomer(tenant=0, tokens=1), rank_of("default", PROMPT)) <= self._limit()
+
+    def released(self, entry: Entry) -> None:
+        """One that was held back goes to the engine."""
+        now = self._clock()
+        self._look(now)
+        self._leave_line(entry)
+        tenant, rank = entry.line
+        entry.line = tenant, rank - PATIENT + PROMPT
+        entry.began_to_wait = now
+        entry.wait = predicted_wait(self.queue(), Newcomer.of(entry.request), entry.line[1])
+        self._enter(entry)
 
     def progressed(self, entry: Entry, tokens: int) -> None:
         """More of its tokens came out of the engine; the first ends its wait."""
@@ -119,8 +176,11 @@ class Admission:
             self._sequences_running += entry.sequences
             if entry.request.resume is None:
                 self._tokens_done += entry.tokens
+                if entry.before is not None:
+                    self._first_tokens.note(entry.before + entry.tokens, now - entry.began_to_wait)
                 if entry.line[1] % 2 == PROMPT:
-                    self._correct(now - entry.received_at, now)
+                    self._waited += now - entry.began_to_wait
+                    self._foretold += entry.wait
 
     def ended(self, entry: Entry) -> None:
         """Nothing more comes of it. Idempotent."""
@@ -148,7 +208,12 @@ class Admission:
         return True
 
     def outwaited(self, entry: Entry) -> None:
-        """It has waited for as long as any may."""
+        """It has waited for as long as it may."""
+        timeout = entry.request.timeout
+        if timeout is not None and timeout <= self.bounds.wait:
+            why = f"The request ran into its time limit of {timeout:g} s while it was waiting in the queue: {timeout:.2f} s in the queue."
+            self.put_out(entry, DeadlineExceeded(why))
+            return
         self.put_out(
             entry, Shed(f"It waited for {self.bounds.wait:g} s for its first token, the longest that is allowed.", retry_after=1.0)
         )
@@ -164,9 +229,11 @@ class Admission:
             running=self._sequences_running,
             frees=tuple(running),
             seconds_each=mean * gap,
+            flooded=self._flooded,
             speed=self._speed(),
+            own=self._first_tokens.per_token,
             token_seconds=gap,
-            limit=self._share * self._target,
+            limit=self._limit(),
         )
 
     def wait(self) -> float:
@@ -175,17 +242,23 @@ class Admission:
 
     def stats(self, stats: EngineStats) -> EngineStats:
         """The engine's, with what is known here."""
-        return msgspec.structs.replace(stats, predicted_wait=self.wait(), refused=self.refused)
+        held = sum([counts[1] for (_, rank), counts in self._lines.items() if rank % 2 == PATIENT])
+        return msgspec.structs.replace(stats, waiting=stats.waiting + held, predicted_wait=self.wait(), refused=self.refused)
 
     # --- the queue ---
 
     def _enter(self, entry: Entry) -> None:
+        waiting = [counts for (_, rank), counts in self._lines.items() if rank % 2 == PROMPT]
+        free = not self._slots or self._sequences_running + sum([counts[1] for counts in waiting]) + entry.sequences <= self._slots
+        entry.before = sum([counts[2] for counts in waiting]) if free and not entry.held else None
         self._waiting[id(entry)] = entry
         line = self._lines.setdefault(entry.line, [0, 0, 0])
         line[0] += 1
         line[1] += entry.sequences
         line[2] += entry.tokens
-        self._sequences_waiting += entry.sequences
+        if entry.held:
+            self._held += 1
+            self._flooded = self._flooded or line[0] >= BURST
 
     def _leave_line(self, entry: Entry) -> None:
         del self._waiting[id(entry)]
@@ -193,9 +266,13 @@ class Admission:
         line[0] -= 1
         line[1] -= entry.sequences
         line[2] -= entry.tokens
-        self._sequences_waiting -= entry.sequences
         if not line[0]:
             del self._lines[entry.line]
+        if entry.held:
+            self._held -= 1
+            self._flooded = self._flooded and any(
+                counts[0] > BURST // 2 for (_, rank), counts in self._lines.items() if rank % 2 == PATIENT
+            )
 
     def _make_room(self, newcomer: Newcomer, found: Place) -> Place | HeadraceError:
         """Put out as many as it takes, or nobody if that isn't enough."""
@@ -229,7 +306,10 @@ class Admission:
         """Count the time since the last look, if prompts were what was waited for: while no slot is free it says nothing of their speed."""
         spent = now - self._looked_at
         self._looked_at = now
-        if spent <= 0 or not self._waiting or (self._slots and self._sequences_running >= self._slots):
+        faded = FORGET / (FORGET + max(0.0, spent))
+        self._waited *= faded
+        self._foretold *= faded
+        if spent <= 0 or len(self._waiting) == self._held or (self._slots and self._sequences_running >= self._slots):
             return
         kept = MEMORY / (MEMORY + spent)
         self._tokens_done *= kept
@@ -255,12 +335,7 @@ class Admission:
         expected = max(self._length, float(entry.certain)) - done
         return min(most, expected if expected > 0 else self._length)
 
-    def _correct(self, waited: float, now: float) -> None:
-        if not self._target:
-            return
-        if waited > NEAR * self._target:
-            if now - self._cut_at >= CUT_INTERVAL:
-                self._cut_at = now
-                self._share = max(LEAST_SHARE, self._share * CUT)
-        elif waited < FAR * self._target:
-            self._share = min(MOST_SHARE, self._share + RAISE)
+    def _limit(self) -> float:
+        """Seconds that may be predicted for a request which counts as prompt; 0 where there is no target."""
+        share = AIM * (self._foretold + PRIOR) / (self._waited + PRIOR)
+        return self._target * min(MOST_SHARE, max(LEAST_SHARE, share))

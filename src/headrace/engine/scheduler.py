@@ -8,7 +8,8 @@ The rules, in the order in which a plan applies them:
 2. The rest of the step, up to `step_tokens` and to what the pace allows, goes to prompts in chunks: to the highest
    rank (`GenerateRequest.rank`) but for every eighth turn, within it to the tenant that was served least (of equals,
    to the one with less in the batch), and within a tenant by rank and in order of arrival. A waiting
-   sequence is admitted when its turn comes and a slot and its blocks are there. A tenant with nothing in the batch need not wait for them: it takes them from tenants that have several sequences running.
+   sequence is admitted when its turn comes and a slot and its blocks are there. A tenant with
+   nothing in the batch need not wait for them: it takes them from tenants that have several sequences running.
 3. A tenant whose only business is a first token doesn't wait behind a long batch of others' decodes: where those
    would make the step long they sit out one step, never two in a row.
 4. A waiting sequence whose next block is just being computed by another of the same tenant waits for that block

@@ -101,7 +101,7 @@ class Stepper:
     def add(self, request: GenerateRequest, deliver: Deliver, received_at: float) -> None:
         """Queue a request that `admissible` lets pass."""
         self._order += 1
-        job = Job(request, deliver, order=self._order, received_at=received_at, context_length=self.context_length)
+        job = Job(request, deliver, order=self._order, received_at=received_at - request.waited, context_length=self.context_length)
         self._jobs[job.id] = job
         if request.timeout is not None:
             heapq.heappush(self._deadlines, (job.deadline, job.order, job))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 from starlette.requests import Request
 
 from headrace import __version__
-from headrace.errors import HeadraceError, RateLimited
+from headrace.errors import HeadraceError, NotAdmitted, QueueShareFull, RateLimited
 from headrace.http.answers import Answer, Whole
 from headrace.http.exchange import Exchange
 from headrace.http.failures import Failure, code_of, model_name
@@ -90,6 +90,12 @@ class Metrics:
         self.completion_tokens = Counter("headrace_completion_tokens", "Tokens generated", ["model"], registry=into)
         self.cached_tokens = Counter("headrace_cached_tokens", "Tokens of prompts found in the prefix cache", ["model"], registry=into)
         self.fallbacks = Counter("headrace_fallbacks", "Answers that a fallback gave, by why", ["model", "reason"], registry=into)
+        self.not_admitted = Counter(
+            "headrace_admission_refusals",
+            "Requests that a full or slow queue refused or put out, by the error's code",
+            ["model", "reason", "priority"],
+            registry=into,
+        )
         self.degraded = Counter("headrace_degraded", "Answers cut or made by a smaller model, for a long queue", ["model"], registry=into)
         self.errors = Counter(
             "headrace_errors", "Requests, and items of batches, that ended in an error, by its code", ["code", "model"], registry=into
@@ -155,6 +161,9 @@ class Metrics:
                 continue
             meters = self._model(self._models.find(call.served_model).public_name)
             outcome = call.outcome
+            if isinstance(outcome.error, NotAdmitted | QueueShareFull):
+                name = self._models.find(call.served_model).public_name
+                self.not_admitted.labels(name, outcome.error.code, call.priority).inc()
             kept = outcome.cache_level or ("shared" if outcome.served_from == "shared" else call.headers.get(CACHE_HEADER, "off"))
             self._kept(self._models.find(call.served_model).public_name, kept).inc()
             reason = call.headers.get(FALLBACK_HEADER)
@@ -223,6 +232,7 @@ class _Engines:
         gauges: dict[str, tuple[str, Any]] = {
             "headrace_sequences_running": ("Sequences in the batch", lambda s: s.running),
             "headrace_sequences_waiting": ("Sequences queued", lambda s: s.waiting),
+            "headrace_predicted_wait_seconds": ("To the first token of a short request, if it came now", lambda s: s.predicted_wait),
             "headrace_kv_blocks_used": ("KV blocks in use", lambda s: s.blocks_used),
             "headrace_kv_blocks_total": ("KV blocks there are", lambda s: s.blocks_total),
         }

@@ -1,0 +1,123 @@
+"""Ten times too much load: goodput against its peak, the time to refuse, and the recovery afterwards.
+
+Open loop: requests come at a steady rate, whether or not earlier ones are done. The peak is looked for by raising the rate; goodput is the
+completed requests a second with a first token within 2 s and 200 ms at most for each further one. Every request is of one tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.figures import Figure, Findings, Side, quantile
+from bench.servers import Server, ServerFailed, headrace
+from bench.sides.prompts import texts
+from headrace.cli.load import LoadFailed, Sample, run_load, run_quickly
+
+TTFT = 2.0
+TPOT = 0.2
+RECOVERED = 0.9
+"""Of the peak's share of good requests: from when on the load after the overload counts as served again."""
+LATEST = 60.0
+"""Seconds that requests get to end."""
+
+
+def run(
+    *,
+    model: str = "smollm2-135m-instruct",
+    factor: float = 10.0,
+    words: int = 60,
+    max_tokens: int = 32,
+    first_rate: float = 4.0,
+    step: float = 1.5,
+    seconds: int = 8,
+    overload_seconds: int = 20,
+    rounds: int = 1,
+) -> Findings:
+    """`first_rate`: requests a second at which the search for the peak begins; each is `step` times the one before, for `seconds`."""
+    ratios, peaks, goods, refusals, recoveries, shares = [], [], [], [], [], []
+    with headrace(model) as server:
+        _ask(server, 2.0, 2.0, words, max_tokens, 0)  # warms up, and is thrown away
+        for number in range(rounds):
+            rate, peak = _peak(server, first_rate, step, seconds, words, max_tokens, 1000 * (number + 1))
+            loaded, after = _overload(server, rate, factor, overload_seconds, seconds + 5, words, max_tokens, 100_000 * (number + 1))
+            good = sum(map(is_good, loaded)) / overload_seconds
+            refused = [sample.seconds * 1000 for sample in loaded if sample.error is not None and sample.error.startswith("http ")]
+            peaks.append(peak)
+            goods.append(good)
+            ratios.append(good / peak)
+            shares.append(len(refused) / len(loaded))
+            if refused:
+                refusals.append(quantile(refused, 0.99))
+            recoveries.append(recovery(after))
+    return Findings(
+        f"Overload: {factor:g} times the rate of the peak",
+        (
+            Figure(
+                f"goodput at {factor:g} × ÷ peak goodput",
+                quantile(ratios, 0.5),
+                0.95,
+                "at least",
+                "×",
+                (Side("overloaded", tuple(goods), "req/s"), Side("peak", tuple(peaks), "req/s")),
+            ),
+            Figure("time to refuse, p99", quantile(refusals or [0.0], 0.5), 20.0, "at most", "ms"),
+            Figure("recovery after the overload", quantile(recoveries, 0.5), 5.0, "at most", "s"),
+        ),
+        (f"Of the overload's requests {quantile(shares, 0.5):.0%} were refused.",),
+    )
+
+
+def is_good(sample: Sample) -> bool:
+    """Whether a request counts for the goodput."""
+    return sample.error is None and sample.ttft is not None and sample.ttft <= TTFT and (sample.tpot is None or sample.tpot <= TPOT)
+
+
+def recovery(after: Sequence[Sample]) -> float:
+    """Seconds after which all but one in ten of the requests that came were good; those of the first second are 0 s."""
+    begun = min(sample.started for sample in after)
+    ordered = sorted(after, key=lambda sample: sample.started)
+    good = [is_good(sample) for sample in ordered]
+    for place, sample in enumerate(ordered):
+        if sum(good[place:]) >= RECOVERED * len(good[place:]):
+            return sample.started - begun
+    return ordered[-1].started - begun
+
+
+def _peak(server: Server, rate: float, step: float, seconds: float, words: int, max_tokens: int, number: int) -> tuple[float, float]:
+    """The rate with the highest goodput, and that goodput."""
+    best = (rate, 0.0)
+    while True:
+        samples = _ask(server, rate, seconds, words, max_tokens, number)
+        good = sum(map(is_good, samples)) / seconds
+        print(f"  {rate:.1f} req/s: {good:.2f} good", flush=True)
+        if good > best[1]:
+            best = (rate, good)
+        if good < 0.8 * rate:
+            return best
+        rate, number = rate * step, number + 1
+
+
+def _overload(
+    server: Server, rate: float, factor: float, seconds: float, after: float, words: int, max_tokens: int, number: int
+) -> tuple[list[Sample], list[Sample]]:
+    """The overload, and the load of the peak that comes without a pause after it."""
+    count = int(rate * factor * seconds)
+    calm = int(rate * after)
+    at = [each / (rate * factor) for each in range(count)] + [seconds + each / rate for each in range(calm)]
+    samples = _run(server, at, words, max_tokens, number)
+    return samples[:count], samples[count:]
+
+
+def _ask(server: Server, rate: float, seconds: float, words: int, max_tokens: int, number: int) -> list[Sample]:
+    return _run(server, [each / rate for each in range(int(rate * seconds))], words, max_tokens, number)
+
+
+def _run(server: Server, at: Sequence[float], words: int, max_tokens: int, number: int) -> list[Sample]:
+    try:
+        result = run_quickly(
+            run_load(server.url, arrivals=at, max_tokens=max_tokens, prompts=texts(len(at), number, words), ignore_eos=True, timeout=LATEST)
+        )
+    except LoadFailed as error:
+        server.check()
+        raise ServerFailed(f"{server.name}: {error}") from error
+    return result.samples

@@ -1,0 +1,55 @@
+"""Requests that are held back before the engine, until their turn comes: those that wait in the line of the patient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headrace.engine.admission import Admission, Entry
+from headrace.engine.fair_line import FairLine
+
+
+class Held:
+    """One request: `start` hands it to the engine and gives what cancels it there, `over` says that nothing more comes of it."""
+
+    def __init__(self, entry: Entry, start: Callable[[], Callable[[], None]], over: Callable[[], None]) -> None:
+        self.entry = entry
+        self.gone = False
+        self._start = start
+        self._over = over
+        self._cancel: Callable[[], None] | None = None
+
+    def release(self) -> None:
+        """Its turn has come."""
+        self._cancel = self._start()
+
+    def cancel(self) -> None:
+        """Wherever it is."""
+        if self._cancel is not None:
+            self._cancel()
+        elif not self.gone:
+            self.gone = True
+            self._over()
+
+
+class HeldBack:
+    """All of them: the higher priority first, and among equals the tenants take turns."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._line = FairLine[Held]()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def add(self, held: Held) -> None:
+        tenant, rank = held.entry.line
+        self._line.add(held, rank=rank, tenant=tenant)
+
+    def release(self) -> None:
+        """Let as many go as may."""
+        admission = self._admission
+        while len(self._line) and admission.has_room():
+            held = self._line.take()
+            if not held.gone:
+                admission.released(held.entry)
+                held.release()
