@@ -47,6 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def test_keys_made_while_it_runs_work_and_end_within_a_second_everywhere(server: RunningServer) -> None:
+    assert len(server.events("no key would be let in")) == 1
     assert status(server, "hr-" + "0" * 43) == 401
     assert server.client.get("/health").status_code == 200
     assert server.client.get("/admin/ps").status_code == 401

@@ -104,7 +104,10 @@ def serve(config: Config, reread: Callable[[], Config] | None = None) -> int:
                 filter_steps(config.filters)
                 config, members = lineup(config)
                 check_standby(config.resilience, members[0].files)
-                prepared.result()
+                if prepared.result() == 0 and config.access.auth == "keys" and not config.access.api_keys:
+                    structlog.get_logger("headrace.supervisor").warning(
+                        "no key would be let in", advice="auth is keys, and there is none yet: headrace keys create --name NAME"
+                    )
         except KeyboardInterrupt as interrupt:
             return 0 if interrupt.args else 130
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from headrace.config import StoreSection
 from headrace.errors import ConfigError
 from headrace.stores.data_dir import database_url, load_pepper, pepper_check, prepare_data_dir
@@ -9,8 +11,10 @@ from headrace.stores.database import Database
 from headrace.stores.sql_keys import SqlKeys
 
 
-async def prepare_stores(store: StoreSection) -> None:
+async def prepare_stores(store: StoreSection) -> int:
     """Make the data folder, the pepper and the tables where they are missing, for all that is started after this.
+
+    Returns how many keys there are that would work now.
 
     Raises `ConfigError`, also where the database's keys were made with another pepper, and `StoreUnavailable`.
     """
@@ -19,11 +23,14 @@ async def prepare_stores(store: StoreSection) -> None:
     database = Database(database_url(store))
     try:
         await database.migrate()
-        if not await SqlKeys(database).agree_on_pepper(pepper_check(pepper)):
+        keys = SqlKeys(database)
+        if not await keys.agree_on_pepper(pepper_check(pepper)):
             raise ConfigError(
                 f"The keys in this database were made with another pepper than {folder / 'pepper'}, so none of them would work. "
                 "Put the right file back; servers that share a database share a pepper."
             )
+        now = time.time()
+        return sum(key.revoked_at is None and (key.expires_at is None or key.expires_at > now) for key in await keys.keys())
     finally:
         await database.close()
 
