@@ -36,7 +36,7 @@ from headrace.engine.frames import (
     Submit,
 )
 from headrace.engine.step_notes import LastStep, notes_path, read_last_step
-from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, revive
+from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, ModelNotLoaded, revive
 from headrace.ports import Meters
 from headrace.quarantine import Quarantine, convicted, fingerprint
 from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, PromptScores, Report, Resume
@@ -56,6 +56,8 @@ GRACE = 1.0
 """Seconds after a deadline in which the worker may still end a request itself, and say where the time went."""
 ADRIFT = 0.02
 """Seconds between looks at whether a worker that was lost still counts."""
+IDLE = 0.2
+"""Seconds without requests after which that is said; less often than every pause between two of them."""
 MAX_SUBMISSIONS = 3
 """A request that saw this many workers die without getting on may be the reason, whatever was noted of their last steps: a suspect. Of
 engines that nothing is noted of, it is ended."""
@@ -80,6 +82,7 @@ class _Stream:
         "got_on",
         "handle",
         "held",
+        "home",
         "lone_deaths",
         "model",
         "pending",
@@ -95,9 +98,11 @@ class _Stream:
         "waiter",
     )
 
-    def __init__(self, request: GenerateRequest, handle: int, now: float, patience: float) -> None:
+    def __init__(self, request: GenerateRequest, home: EngineClient, now: float, patience: float) -> None:
         self.request = request
-        self.handle = handle
+        self.home = home
+        """The client that has it; another one's where its worker died and a replica went on with it."""
+        self.handle = next(home.handles)
         self.deadline = now + (patience if request.timeout is None else request.timeout)
         self.pending: list[Event] = []
         """Arrived and not read."""
@@ -200,6 +205,8 @@ class EngineClient:
         meters: Meters | None = None,
         quarantine_seconds: float = 3600.0,
         on_quarantine: Callable[[bytes, float], None] | None = None,
+        on_wanted: Callable[[], None] | None = None,
+        on_idle: Callable[[], None] | None = None,
     ) -> None:
         self._path = path
         self._patience = patience
@@ -208,6 +215,16 @@ class EngineClient:
         self._meters = meters
         self._quarantine_seconds = quarantine_seconds
         self._on_quarantine = on_quarantine
+        self._on_wanted = on_wanted
+        self._on_idle = on_idle
+        self._in_use = False
+        """It was said that there are requests, and not yet that there are none any more."""
+        self._paused: list[Callable[[], None]] | None = None
+        """Who is to hear that no worker has anything of ours; None while requests are submitted."""
+        self.elsewhere: Callable[[EngineClient], EngineClient | None] = lambda client: None
+        """Another client whose worker can go on with the requests of this one's, which died."""
+        self.not_loaded = ""
+        """Why there is no worker, where the model isn't loaded for want of room or is being loaded; empty where it is another reason."""
         self.quarantined = Quarantine()
         self.resumed = 0
         """Requests that went on after a worker's death, each as often as it did."""
@@ -215,7 +232,7 @@ class EngineClient:
         """Cancelled, and the worker has not said yet that it is done with them."""
         self._adrift: set[asyncio.Task[None]] = set()
         self._worker_pid = 0
-        self._handles = itertools.count(1)
+        self.handles = itertools.count(1)
         self._submitted: dict[int, _Stream] = {}
         self._waiting: dict[int, _Stream] = {}
         self._resting: set[_Stream] = set()
@@ -283,6 +300,29 @@ class EngineClient:
                 if refusal is not None:
                     stream.fail(refusal)
 
+    def fail_waiting(self, error: HeadraceError) -> None:
+        """End the requests that wait for a worker; new ones may still come."""
+        for stream in [*self._waiting.values()]:
+            stream.fail(error)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there are requests, waiting, under way or at rest."""
+        return bool(self._waiting or self._submitted or self._resting or self._left)
+
+    def pause(self, told: Callable[[], None]) -> None:
+        """Hand no request to the worker from now on: they wait. `told` is called once the worker has nothing of ours any more."""
+        self._paused = [*(self._paused or []), told]
+        self._tell_if_empty()
+
+    def unpause(self) -> None:
+        """Hand requests to the worker again, those that wait first."""
+        self._paused = None
+        if self._connection is not None:
+            self._submit_waiting(self._connection)
+        elif self._waiting and self._on_wanted is not None:
+            self._on_wanted()
+
     def end_all(self, error: HeadraceError) -> None:
         """End every request with `error`, and refuse new ones with it."""
         self._closed = error
@@ -318,7 +358,7 @@ class EngineClient:
                     if stream.held:
                         batch = _portion(batch)
                     stream.pending = stream.pending[len(batch) :]
-                    self._was_read(stream)
+                    stream.home._was_read(stream)
                     if stream.slot is not None and stream.slot >= 0:
                         stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
                     yield batch
@@ -330,23 +370,32 @@ class EngineClient:
                     stream.waiter = asyncio.get_running_loop().create_future()
                     await stream.waiter
         finally:
-            self._forget(stream)
+            stream.home._forget(stream)
 
     def _open(self, request: GenerateRequest) -> _Stream:
         refusal = self._closed or self._unavailable or self.quarantined.refusal(request)
         if refusal is not None:
             raise refusal
         loop = asyncio.get_running_loop()
-        stream = _Stream(request, next(self._handles), loop.time(), self._patience)
-        stream.timer = loop.call_at(stream.deadline, self._at_deadline, stream)
+        stream = _Stream(request, self, loop.time(), self._patience)
+        stream.timer = loop.call_at(stream.deadline, _at_deadline, stream)
         self._waiting[stream.handle] = stream
-        if self._connection is not None:
+        connection = self._open_connection
+        if self._on_wanted is not None and (connection is None or not self._in_use):
+            self._in_use = True
+            self._on_wanted()
+        if connection is not None:
             try:
-                self._submit(stream, self._connection)
+                self._submit(stream, connection)
             except BaseException:
                 self._forget(stream)
                 raise
         return stream
+
+    @property
+    def _open_connection(self) -> FrameConnection[FromWorker] | None:
+        """To the worker, if it may be given requests."""
+        return None if self._paused is not None else self._connection
 
     def _submit(self, stream: _Stream, connection: FrameConnection[FromWorker], waited: bool = False) -> None:
         request = stream.request
@@ -391,6 +440,21 @@ class EngineClient:
         elif self._submitted.pop(stream.handle, None) is not None and self._connection is not None:
             self._left[stream.handle] = stream
             self._connection.send(Cancel(stream.handle))
+        self._tell_if_empty()
+
+    def _tell_if_empty(self) -> None:
+        """Those who wait for it hear that the worker has nothing of ours; and, a moment later, who loads models that nobody asks."""
+        if self._paused and not self._submitted and not self._left:
+            told, self._paused = self._paused, []
+            for each in told:
+                each()
+        if self._on_idle is not None and self._in_use and not self.in_use:
+            asyncio.get_running_loop().call_later(IDLE, self._maybe_idle)
+
+    def _maybe_idle(self) -> None:
+        if self._on_idle is not None and self._in_use and not self.in_use:
+            self._in_use = False
+            self._on_idle()
 
     def _counted(self, stream: _Stream, report: Report | None, *, cut: bool = False) -> None:
         """No engine counts for the request any more."""
@@ -408,7 +472,9 @@ class EngineClient:
 
     def _at_deadline(self, stream: _Stream) -> None:
         if stream.handle in self._waiting:
-            if stream.request.timeout is None:
+            if self.not_loaded:
+                stream.fail(ModelNotLoaded(f"The model isn't in memory: {self.not_loaded}.", retry_after=5))
+            elif stream.request.timeout is None:
                 stream.fail(EngineUnavailable(f"No engine was ready within {self._patience:g} s.", retry_after=5))
             else:
                 stream.fail(DeadlineExceeded(f"The engine was not ready within the request's {stream.request.timeout:g} s."))
@@ -419,7 +485,7 @@ class EngineClient:
         elif stream.handle in self._submitted and stream.request.timeout is not None:
             loop = asyncio.get_running_loop()
             if loop.time() < stream.deadline + GRACE:
-                stream.timer = loop.call_at(stream.deadline + GRACE, self._at_deadline, stream)
+                stream.timer = loop.call_at(stream.deadline + GRACE, _at_deadline, stream)
             else:
                 stream.fail(DeadlineExceeded(f"The request took longer than its {stream.request.timeout:g} s."))
 
@@ -465,16 +531,18 @@ class EngineClient:
             return
         stream.rest = "no"
         self._resting.discard(stream)
-        stream.handle = next(self._handles)
+        stream.handle = next(self.handles)
         self._waiting[stream.handle] = stream
         refusal = self._closed or self._unavailable
         if refusal is not None:
             stream.fail(refusal)
-        elif self._connection is not None:
+        elif self._open_connection is not None:
             try:
-                self._submit(stream, self._connection, waited=True)
+                self._submit(stream, self._open_connection, waited=True)
             except HeadraceError as error:
                 stream.fail(error)
+        elif self._on_wanted is not None:
+            self._on_wanted()
 
     # The connection
 
@@ -517,6 +585,7 @@ class EngineClient:
                     # The report was under way when it was cancelled, and the worker found nothing to cancel.
                     if type(report := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
                         self._counted(left, report, cut=True)
+                        self._tell_if_empty()
                     continue
                 stream.take_note(events)
                 if stream.submissions > 1 and type(events[-1]) is Report:
@@ -544,12 +613,16 @@ class EngineClient:
                 stream.fail(revive(message.code, message.message, message.param, message.retry_after))
             elif (left := self._left.pop(message.handle, None)) is not None:
                 self._counted(left, None, cut=True)
+            self._tell_if_empty()
+            if self._waiting and self._connection is None:
+                self.move_on()
         elif isinstance(message, Ended):
             left = self._left.pop(message.handle, None)
             if left is not None:
                 self._counted(left, message.report, cut=True)
             elif (resting := self._submitted.pop(message.handle, None)) is not None:
                 self._rests(resting, message.report)
+            self._tell_if_empty()
         elif isinstance(message, Hello):
             self._hello(message, connection)
         elif isinstance(message, Crowded):
@@ -567,6 +640,12 @@ class EngineClient:
             connection.send(Counting(self._meters.path))
         self._unavailable = None
         self._ready.set()
+        if self._paused is None:
+            self._submit_waiting(connection)
+        if self._on_ready is not None:
+            self._on_ready(hello.card)
+
+    def _submit_waiting(self, connection: FrameConnection[FromWorker]) -> None:
         # Suspects first: whom the worker has begun with must make room for them again.
         for stream in sorted(self._waiting.values(), key=lambda stream: not stream.suspect):
             if stream.error is None:
@@ -574,8 +653,28 @@ class EngineClient:
                     self._submit(stream, connection, waited=True)
                 except HeadraceError as error:
                     stream.fail(error)
-        if self._on_ready is not None:
-            self._on_ready(hello.card)
+
+    def move_on(self) -> None:
+        """What waits here for a worker that died goes on elsewhere, where that can be."""
+        other = self.elsewhere(self) if self._waiting else None
+        if other is None:
+            if self._waiting and self._on_wanted is not None and self._connection is None:
+                self._on_wanted()
+            return
+        if other._on_wanted is not None and not other._in_use:
+            other._in_use = True
+            other._on_wanted()
+        moved, self._waiting = self._waiting, {}
+        for stream in sorted(moved.values(), key=lambda stream: not stream.suspect):
+            stream.home = other
+            stream.handle = next(other.handles)
+            other._waiting[stream.handle] = stream
+            connection = other._open_connection
+            if stream.error is None and connection is not None:
+                try:
+                    other._submit(stream, connection, waited=True)
+                except HeadraceError as error:
+                    stream.fail(error)
 
     def _ended(self, connection: FrameConnection[FromWorker]) -> None:
         if self._connection is not connection:
@@ -599,6 +698,8 @@ class EngineClient:
             task.add_done_callback(self._adrift.discard)
         if self._on_lost is not None:
             self._on_lost()
+        self.move_on()
+        self._tell_if_empty()
 
     def _last_step(self) -> LastStep | None:
         return read_last_step(notes_path(self._path, self._worker_pid))
@@ -686,6 +787,10 @@ class EngineClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _at_deadline(stream: _Stream) -> None:
+    stream.home._at_deadline(stream)
 
 
 def _weight(event: Event) -> int:

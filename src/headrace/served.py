@@ -63,7 +63,7 @@ class ServedModels:
         self._by_id = {model.files.name: model for model in models}
         self._current = dict(current or {})
         self._aliases = dict(aliases or {})
-        self._default_family = models[0].family
+        self._default_family = models[0].family if models else ""
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
