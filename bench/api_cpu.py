@@ -69,11 +69,11 @@ def solve(few: int, low: float, many: int, high: float) -> tuple[float, float]:
     return low - few * token, token
 
 
-def api_processes(server: Server) -> list[int]:
+def api_processes(server: Server, key: str | None = None) -> list[int]:
     """The API processes' ids, from the server's own list. Raises `ServerFailed` where it has none."""
     import httpx
 
-    listed = httpx.get(f"{server.url}/admin/ps", trust_env=False).json()
+    listed = httpx.get(f"{server.url}/admin/ps", trust_env=False, headers={"Authorization": f"Bearer {key}"} if key else {}).json()
     pids = [int(process["pid"]) for process in listed.get("api", ())]
     if not pids:
         raise ServerFailed("/admin/ps lists no API process.")

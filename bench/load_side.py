@@ -10,8 +10,13 @@ from bench.sides.prompts import WORDS, texts
 from headrace.cli.load import LoadFailed, LoadResult, run_load
 
 
-def load(server: Server, number: int, *, users: int, requests: int, max_tokens: int, key: str | None = None) -> LoadResult:
-    """A closed loop of `users` with the prompts of round `number`, greedy, streaming, to the last token. Raises `ServerFailed`."""
+def load(
+    server: Server, number: int, *, users: int, requests: int, max_tokens: int, key: str | None = None, cached: bool = False
+) -> LoadResult:
+    """A closed loop of `users` with the prompts of round `number`, greedy, streaming, to the last token. Raises `ServerFailed`.
+
+    Unless `cached`, the server's cache is told to stay out of it.
+    """
     try:
         result = asyncio.run(
             run_load(
@@ -22,6 +27,7 @@ def load(server: Server, number: int, *, users: int, requests: int, max_tokens: 
                 prompts=texts(requests, number, WORDS),
                 key=key,
                 ignore_eos=True,
+                cached=cached,
             )
         )
     except LoadFailed as error:

@@ -72,7 +72,7 @@ def headrace(
         ours = {"HEADRACE_LOG_LEVEL": "warning", "HEADRACE_RESPONSE_CACHE": "off", "HEADRACE_DATA_DIR": f"{folder}/data"}
         clean = clean_environment() | ours | dict(environment or {})
         # An empty folder, so that no .env and no headrace.toml is found.
-        with _running("headrace", command, port, "/health/ready", clean, Path(folder), timeout, may_end) as server:
+        with running("headrace", command, port, "/health/ready", clean, Path(folder), timeout, may_end) as server:
             yield server
 
 
@@ -85,7 +85,7 @@ def llama_server(gguf: Path, *, binary: str | None, threads: int, slots: int, co
     command = [str(program), *(str(word) for pair in words.items() for word in pair)]
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        _running("llama-server", command, port, "/health", dict(os.environ), Path(folder), timeout) as server,
+        running("llama-server", command, port, "/health", dict(os.environ), Path(folder), timeout) as server,
     ):
         yield server
 
@@ -97,11 +97,24 @@ def transformers_serve(folder: Path, *, timeout: float = 300.0) -> Iterator[Serv
     program = Path(sys.executable).with_name("transformers")
     if not program.is_file():
         raise ServerFailed("There is no `transformers` beside this Python: pip install 'headrace[transformers]'.")
-    command = [str(program), "serve", str(folder), "--continuous-batching", "--dtype", "auto", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(program),
+        "serve",
+        str(folder),
+        "--continuous-batching",
+        "--cb-block-size",
+        "32",
+        "--cb-num-blocks",
+        "1024",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as log,
-        _running("transformers serve", command, port, "/health", environment, Path(log), timeout) as server,
+        running("transformers serve", command, port, "/health", environment, Path(log), timeout) as server,
     ):
         yield server
 
@@ -130,7 +143,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _running(
+def running(
     name: str,
     command: Sequence[str],
     port: int,

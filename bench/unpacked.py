@@ -32,3 +32,16 @@ def unpack(gguf: Path, served: Path, folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(words, ensure_ascii=False))
     return folder
+
+
+def without_end(folder: Path, twin: Path) -> Path:
+    """The same weights without an end-of-text token, in the new folder `twin`: for servers that can't be asked to ignore it."""
+    twin.mkdir()
+    for path in folder.iterdir():
+        if path.name in ("config.json", "generation_config.json"):
+            settings = json.loads(path.read_text())
+            settings.pop("eos_token_id", None)
+            (twin / path.name).write_text(json.dumps(settings))
+        else:
+            (twin / path.name).symlink_to(path)
+    return twin

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.unpacked import unpack
 from reference_model import Reference
 
 from headrace.engine.openvino_runner import OpenVinoRunner
@@ -23,6 +24,12 @@ def default_gguf(default_model: ModelFiles) -> Path:
 def reference(default_gguf: Path) -> Reference:
     """The GGUF file's weights in the transformers implementation, in float32."""
     return Reference(default_gguf)
+
+
+@pytest.fixture(scope="session")
+def unpacked_model(default_model: ModelFiles, default_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as bf16 safetensors in a Transformers folder."""
+    return unpack(default_gguf, Path(default_model.folder), tmp_path_factory.mktemp("unpacked") / "smollm2")
 
 
 @pytest.fixture(scope="session")

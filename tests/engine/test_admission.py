@@ -193,8 +193,7 @@ def test_a_full_queue_makes_room_for_the_important_and_for_the_small_tenant() ->
     assert important.refused is None
     assert [outcome.priority for outcome in shed] == ["sheddable"]
     assert shed == [engine.outcomes[5]], "the latest goes"
-    for _ in range(5):
-        mine.append(engine.arrive(1))
+    mine += [engine.arrive(1) for _ in range(5)]
     assert isinstance(engine.arrive(1, "sheddable").refused, QueueFull | QueueShareFull)
     other = engine.arrive(3)
     assert other.refused is None
@@ -235,12 +234,12 @@ def test_what_would_take_too_long_on_an_idle_engine_names_no_time_to_come_back()
 def test_who_waits_too_long_is_put_out_with_the_reason() -> None:
     engine = OverloadedEngine()
     engine.run(steady(150, 0, 1.2), 1.2)
-    held = [entry for entry in engine.admission._waiting.values() if entry.held]  # noqa: SLF001  (time passes only for the clock here)
+    held = [entry for entry in engine.admission._waiting.values() if entry.held]
     assert held
     engine.admission.outwaited(held[0])
     assert isinstance(held[0].shed, Shed)
     limited = engine.arrive(7, prompt=5000, timeout=30.0)
-    entry = next(entry for entry in engine.admission._waiting.values() if entry.request.tenant == 7)  # noqa: SLF001
+    entry = next(entry for entry in engine.admission._waiting.values() if entry.request.tenant == 7)
     engine.admission.outwaited(entry)
     assert isinstance(limited.refused, DeadlineExceeded)
     assert "queue" in limited.refused.message

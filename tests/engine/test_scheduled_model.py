@@ -11,7 +11,11 @@ import pytest
 from headrace.config import EngineSection
 from headrace.engine.openvino_runner import OpenVinoRunner
 from headrace.engine.scheduled import ScheduledEngine
+from headrace.engine.torch_load import Wanted, load
+from headrace.models.as_stored import weights_of
+from headrace.models.card import read_object
 from headrace.models.tokenizer import load_tokenizer
+from headrace.ports import Runner
 from headrace.types import Delta, Event, GenerateRequest, ModelFiles, PromptScores, Report, Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
@@ -19,9 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 STORY = "The old mill stood at the bend of the river, and its wheel had not turned for thirty years. " * 12
 
 
-@pytest.fixture(scope="module")
-async def engine(default_model: ModelFiles) -> AsyncIterator[ScheduledEngine]:
-    def make_runner() -> OpenVinoRunner:
+@pytest.fixture(scope="module", params=["openvino", "transformers"])
+async def engine(request: pytest.FixtureRequest, default_model: ModelFiles) -> AsyncIterator[ScheduledEngine]:
+    def make_runner() -> Runner:
+        if request.param == "transformers":
+            folder: Path = request.getfixturevalue("unpacked_model")
+            config = read_object(folder / "config.json")
+            sizes = {"context_length": 1024, "max_sequences": 8, "step_tokens": 64, "num_blocks": 96}
+            return load(Wanted(folder=folder, tensors=weights_of(folder), config=config, dtype="float32", **sizes))
         runner = OpenVinoRunner(
             Path(default_model.folder),
             num_blocks=96,
@@ -38,7 +47,7 @@ async def engine(default_model: ModelFiles) -> AsyncIterator[ScheduledEngine]:
         make_runner,
         load_tokenizer(default_model),
         name=default_model.name,
-        kind="openvino",
+        kind=request.param,
         context_length=1024,
         fingerprint=default_model.fingerprint,
         config=EngineSection(step_tokens=64, max_sequences=8),

@@ -16,6 +16,7 @@ from typing import Literal
 from headrace.address import bind
 from headrace.cli import machine
 from headrace.cli.bandwidth import SIZE, measure_bandwidth
+from headrace.cli.engine_check import engine_of, explained, torch_fit
 from headrace.cli.fit import Fit, measure
 from headrace.cli.models import readable
 from headrace.config import Config
@@ -50,6 +51,7 @@ def all_checks(config: Config) -> list[Check]:
         check_processor(),
         check_memory(machine.memory()),
         check_fit(config, fit, trouble, machine.memory()),
+        *(check_engine(config) if fit else ()),
         *check_speed(config, fit, machine.memory()),
         check_disk(config.model.cache_dir, fit.to_write if fit else 0),
         check_address(config),
@@ -203,6 +205,27 @@ def check_speed(config: Config, fit: Fit | None, memory: machine.Memory | None) 
     if tokens >= 5:
         return [Check("Speed", "ok", detail, facts=facts)]
     return [Check("Speed", "warning", detail, "People read 5 to 10 tokens/s: take a smaller model (`headrace models`).", facts)]
+
+
+def check_engine(config: Config) -> list[Check]:
+    """Which engine serves the model, and why; nothing where there is none to choose."""
+    try:
+        found = engine_of(config)
+        if found is None:
+            return []
+        model, choice, path = found
+        facts: dict[str, object] = {"engine": choice.engine, "format": model.format, "reason": choice.reason}
+        if choice.engine != "transformers" or path is None:
+            return [Check("Engine", "ok", explained(model, choice), facts=facts)]
+        fit, free, where = torch_fit(config, path)
+    except ModelError as error:
+        return [Check("Engine", "failed", "no engine can serve this model as configured", error.message)]
+    facts |= {"needed": fit.needed, "weights": fit.weights, "free": free, "where": where}
+    detail = f"{explained(model, choice)}; it takes {fit} ({where})"
+    if fit.needed > free:
+        advice = "Take a smaller model, --quantize int8 or int4, or a shorter --context."
+        return [Check("Engine", "failed", f"{detail}, but {readable(free)} are free", advice, facts)]
+    return [Check("Engine", "ok", detail, facts=facts)]
 
 
 def check_disk(folder: Path, needed: int) -> Check:

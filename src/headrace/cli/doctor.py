@@ -15,7 +15,20 @@ _MARKS = {"ok": "✓", "warning": "!", "failed": "✗"}
 _COLOURS = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "failed": typer.colors.RED}
 
 
-@takes_flags("host", "port", "context", "kv_cache_gib", "threads", "cache_dir", "hub")
+@takes_flags(
+    "host",
+    "port",
+    "context",
+    "engine",
+    "quantize",
+    "dtype",
+    "device",
+    "gpu_memory_utilization",
+    "kv_cache_gib",
+    "threads",
+    "cache_dir",
+    "hub",
+)
 def doctor(
     model: str | None = typer.Argument(None, help="The model to be served; default is the configured one.", show_default=False),
     as_json: bool = typer.Option(False, "--json", help="One JSON object: ok, and the checks."),

@@ -77,9 +77,21 @@ def _local(path: Path, context: int | None) -> Fit:
     return Fit(path.name, weights=weights, to_write=2 * weights, here=True)
 
 
+def _as_stored(folder: Path, name: str, context: int) -> Fit:
+    """For the transformers engine, whose own check says more."""
+    return Fit(
+        name,
+        weights=sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind)),
+        context=context,
+        here=True,
+    )
+
+
 def _folder(folder: Path, name: str, context: int) -> Fit:
     from headrace.models.card import read_card
 
+    if not (folder / "openvino_model.bin").is_file():
+        return _as_stored(folder, name, context or read_card(folder).context_length)
     weights = (folder / "openvino_model.bin").stat().st_size
     return Fit(name, weights=weights, kv_per_token=_kv_per_token(folder), context=context or read_card(folder).context_length, here=True)
 

@@ -50,10 +50,18 @@ class Pools:
         import torch
 
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def pool(heads: int, size: int, device: torch.device) -> torch.Tensor:
+            shape = num_blocks, BLOCK, heads, size
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            # Zeroes from the system: pages that are never written take no memory. torch.zeros would write them all.
+            memory = np.zeros(num_blocks * BLOCK * heads * size * dtype.itemsize, np.uint8)
+            return torch.from_numpy(memory).view(dtype).view(shape)
+
         for layer, shape in shapes.items():
-            keys = torch.zeros(num_blocks, BLOCK, shape.key_heads, shape.key_size, dtype=dtype, device=devices[layer])
-            values = torch.zeros(num_blocks, BLOCK, shape.value_heads, shape.value_size, dtype=dtype, device=devices[layer])
-            self.layers[layer] = keys, values
+            device = devices[layer]
+            self.layers[layer] = pool(shape.key_heads, shape.key_size, device), pool(shape.value_heads, shape.value_size, device)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in every layer."""

@@ -153,9 +153,11 @@ def distributions(logits: torch.Tensor, runner: Any) -> TorchResult:
     """What a step brings back of its [R, vocabulary] logits."""
     logits = logits.float()
     top = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
-    return TorchResult(
-        top.indices.cpu().numpy().astype(np.int64), top.values.cpu().numpy(), logits.logsumexp(-1).cpu().numpy(), [logits], runner
-    )
+    ids, values = top.indices.cpu().numpy().astype(np.int64), top.values.cpu().numpy()
+    # Equals are many in bfloat16, and torch puts them in any order: the lower id first, so that the same row gives the same token.
+    order = np.lexsort((ids, -values), axis=-1)
+    ids, values = np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)
+    return TorchResult(ids, values, logits.logsumexp(-1).cpu().numpy(), [logits], runner)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
