@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from pydantic import SecretStr
@@ -27,6 +27,16 @@ from headrace.policies.alert_rules import RequestCounts
 from headrace.types import BudgetPeriod, CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles, TrackedError
 
 # Supervisor to child
+
+
+class ServedHere(msgspec.Struct, frozen=True):
+    """One of several models, for an API process."""
+
+    family: str = ""
+    section: str = ""
+    """Its key in the configuration's `models`; empty where it isn't there."""
+    replicas: list[str] = []
+    """Paths of further workers that serve it."""
 
 
 class Setup(msgspec.Struct, frozen=True, tag=1):
@@ -47,6 +57,10 @@ class Setup(msgspec.Struct, frozen=True, tag=1):
     """For a worker: load, and accept nobody before `Promote`."""
     beside_standby: bool = False
     """For a worker: memory is needed for a second one like it."""
+    served: list[ServedHere] = []
+    """For an API process, where there are several models: more on each of `models`, in their order."""
+    current: dict[str, str] = {}
+    """Likewise: by family, the version that the bare name stands for."""
     kv_blocks: int = 0
     """For a worker that stands by: KV blocks to allocate, as many as the one has that it will replace; 0 where that isn't known."""
 
@@ -210,8 +224,95 @@ class BudgetSeen(msgspec.Struct, frozen=True, tag=71):
     period: BudgetPeriod
 
 
+class Hold(msgspec.Struct, frozen=True, tag=80):
+    """To API processes: hand that model's worker no requests any more; answered by `Held`."""
+
+    model: str
+    number: int
+    gently: bool
+    """Only if there are none now."""
+
+
+class Held(msgspec.Struct, frozen=True, tag=81):
+    """From an API process: the model's worker has nothing of ours any more; or, not `done`, it has, and the hold was gentle."""
+
+    model: str
+    number: int
+    done: bool
+
+
+class Release(msgspec.Struct, frozen=True, tag=82):
+    """To API processes: hand requests to the model's worker again, once there is one."""
+
+    model: str
+
+
+class ModelInUse(msgspec.Struct, frozen=True, tag=83):
+    """From an API process: it has requests for that model, or has none any more."""
+
+    model: str
+    in_use: bool
+
+
+class ModelKnown(msgspec.Struct, frozen=True, tag=84):
+    """To API processes: a model was fetched."""
+
+    files: ModelFiles
+
+
+class ModelRefusal(msgspec.Struct, frozen=True, tag=85):
+    """To API processes: the model can't be loaded; requests that wait for it end with this error."""
+
+    model: str
+    code: str
+    reason: str
+
+
+class VersionPromoted(msgspec.Struct, frozen=True, tag=86):
+    """To API processes: the family's name stands for that model from now on."""
+
+    family: str
+    model: str
+
+
+class AskModels(msgspec.Struct, frozen=True, tag=87):
+    """From an API process, for an administrator: list the models, or do something with one."""
+
+    number: int
+    action: Literal["list", "load", "unload", "promote", "rollback"] = "list"
+    model: str = ""
+    watch: float | None = None
+    """Of `promote`: seconds to watch the new version."""
+
+
+class ModelsAnswer(msgspec.Struct, frozen=True, tag=88):
+    """The answer to `AskModels`."""
+
+    number: int
+    said: dict[str, Any] = {}
+    refused: str = ""
+    """Why it wasn't done, if it wasn't."""
+    unknown: bool = False
+    """There is no such model."""
+
+
+class ShadowCompared(msgspec.Struct, frozen=True, tag=89):
+    """From an API process: how the answer of a model that got a copy of a request compares to the one that was given."""
+
+    model: str
+    shadow: str
+    likeness: float
+    """0 to 1; -1: it failed."""
+
+
 ToChild = (
     Setup
+    | Hold
+    | Release
+    | ModelKnown
+    | ModelRefusal
+    | VersionPromoted
+    | ModelsAnswer
     | EngineChanged
     | Drain
     | Stop
@@ -226,6 +327,10 @@ ToChild = (
 )
 ToSupervisor = (
     Alive
+    | Held
+    | ModelInUse
+    | AskModels
+    | ShadowCompared
     | AskProcesses
     | AskLimits
     | CircuitCalls

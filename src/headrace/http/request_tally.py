@@ -38,6 +38,10 @@ class RequestTally:
             counts.requests += 1
             if error is not None:
                 counts.failed += 1
+            first = call.outcome.first_token_at
+            if first is not None and call.outcome.served_from == "engine":
+                counts.begun += 1
+                counts.first_seconds += first - call.started_at
             waited = self._waited(call, now)
             if waited is not None:
                 counts.queued += 1

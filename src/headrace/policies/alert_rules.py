@@ -37,6 +37,10 @@ class RequestCounts(msgspec.Struct):
     """Those of which the time in the engine's queue is known."""
     waited: int = 0
     """Of these, the ones that waited for longer than `alert_queue_seconds`."""
+    begun: int = 0
+    """Those that got a first token from the engine."""
+    first_seconds: float = 0.0
+    """Added up over these, the seconds until then."""
 
 
 @dataclass(frozen=True, slots=True)
