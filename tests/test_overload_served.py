@@ -137,7 +137,7 @@ def test_the_sheddable_make_room_and_no_tenant_is_refused_for_anothers_crowd(ser
     critical = new_key(server, "--priority", "critical")["secret"]
     other = new_key(server)["secret"]
     with ThreadPoolExecutor(24) as pool:
-        running = crowd(pool, server, SLOTS, 250)
+        running = crowd(pool, server, SLOTS, 400)
         eventually(lambda: inside(server, "running") == SLOTS, what="first tokens")
         waiting = crowd(pool, server, 6, 5, Headrace_Priority="sheddable")
         important = pool.submit(ask, server, 5, key=critical, Headrace_Priority="critical")

@@ -244,7 +244,9 @@ class Supervisor:
 
     def _worker(self, number: int, member: Member, memory_share: float, folder: Path) -> EnginePlace:
         # A worker has no business with keys.
-        config = config_to_json(Config(model=member.section, engine=self._config.engine, log=self._config.log))
+        config = config_to_json(
+            Config(model=member.section, engine=self._config.engine, overload=self._config.overload, log=self._config.log)
+        )
         setup = Setup(config, [member.files], [str(self._sockets[number])], self._started_at, memory_share)
         return EnginePlace(
             f"engine {member.files.name}" if number else "engine",

@@ -19,8 +19,8 @@ def answer_key(request: GenerateRequest, *, tenant: str, model: str, fingerprint
     """32 bytes, the same in every process and on every machine.
 
     `fingerprint` stands for the weights and the engine's numerics, `salt` for whatever else shapes answers on this server, such as its
-    filters. The request's id, deadline and priority don't count. The template's part is in the prompt's tokens. Raises `UnicodeEncodeError` for
-    text with half a surrogate pair.
+    filters. The request's id, deadline and priority don't count. The template's part is in the prompt's tokens. Raises
+    `UnicodeEncodeError` for text with half a surrogate pair.
     """
     sampling = request.sampling
     bias: list[tuple[int, float]] = []
