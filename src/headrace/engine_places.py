@@ -148,7 +148,11 @@ class EnginePlace:
             line = listing(worker, model=model)
             if line is not None:
                 restarts = self.restarts if worker is self.active else worker.deaths_standing_by
-                lines.append(line | {"restarts": restarts, "running": worker.stats.running, "waiting": worker.stats.waiting})
+                stats = worker.stats
+                shown = {"restarts": restarts, "running": stats.running, "waiting": stats.waiting}
+                if stats.gpu_total:
+                    shown |= {"gpu_used_mib": stats.gpu_used // 2**20, "gpu_total_mib": stats.gpu_total // 2**20}
+                lines.append(line | shown)
         return lines
 
     async def keep(self) -> None:

@@ -478,6 +478,15 @@ class Rewinds(Protocol):
 
 
 @runtime_checkable
+class OnGpus(Protocol):
+    """A runner that may have its model on GPUs."""
+
+    def gpu_memory(self) -> tuple[int, int]:
+        """Bytes in use and in all on them; zeroes where it is elsewhere. May be asked from any thread, often."""
+        ...
+
+
+@runtime_checkable
 class Overlaps(Protocol):
     """A runner that lets the last step's results be handed out while the device computes the next."""
 

@@ -203,6 +203,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Computed on the guess that they come next."""
     right_tokens: int = 0
     """Of those, guessed rightly."""
+    gpu_used: int = 0
+    """Bytes in use on the GPUs that hold the model, by whomever; 0 where there is none."""
+    gpu_total: int = 0
 
 
 EngineState = Literal["absent", "loading", "starting", "ready", "standby", "stopping", "failed"]
@@ -247,11 +250,11 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """A model ready to be loaded: everything about it is on this machine, or behind `url`."""
 
     name: str
-    kind: Literal["openvino", "transformers", "echo", "remote"]
+    kind: Literal["openvino", "transformers", "vllm", "echo", "remote"]
     aliases: tuple[str, ...] = ()
     folder: str = ""
     """For `openvino`: holds `openvino_model.xml` and `.bin`, `tokenizer.json`, and what the template needs. For `transformers`: the same
-    beside `config.json` and `*.safetensors`, or beside a GGUF file."""
+    beside `config.json` and `*.safetensors`, or beside a GGUF file. For `vllm`: beside `config.json` and `*.safetensors`."""
     url: str = ""
     """For `remote`: the base URL, ending in `/v1` as a rule."""
     options: dict[str, str] = {}

@@ -60,7 +60,9 @@ def _print_table(workers: list[dict[str, Any]]) -> None:
 
     colours = {"ready": "green", "starting": "yellow", "standby": "cyan", "stopping": "yellow", "failed": "red"}
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("PID", "MODEL", "STATE", "RESTARTS", "RUNNING", "WAITING", "MEMORY"):
+    on_gpus = any("gpu_total_mib" in worker for worker in workers)
+    titles = ("PID", "MODEL", "STATE", "RESTARTS", "RUNNING", "WAITING", "MEMORY", *(("GPU MEMORY",) if on_gpus else ()))
+    for title in titles:
         table.add_column(title, justify="left" if title in ("MODEL", "STATE") else "right")
     for worker in workers:
         state = str(worker.get("state", "?"))
@@ -70,6 +72,7 @@ def _print_table(workers: list[dict[str, Any]]) -> None:
             Text(state, style=colours.get(state, "")),
             *(str(worker.get(name, "?")) for name in ("restarts", "running", "waiting")),
             _mebibytes(worker),
+            *((_gpu(worker),) if on_gpus else ()),
         )
     Console().print(table)
 
@@ -84,6 +87,11 @@ def _print_others(said: dict[str, Any]) -> None:
         parts.append(f"supervisor {supervisor.get('pid')} ({_mebibytes(supervisor)})")
     if parts:
         typer.echo(", ".join(parts))
+
+
+def _gpu(worker: dict[str, Any]) -> str:
+    used, total = worker.get("gpu_used_mib"), worker.get("gpu_total_mib")
+    return f"{used:,} of {total:,} MiB" if isinstance(used, int) and isinstance(total, int) else ""
 
 
 def _mebibytes(process: dict[str, Any]) -> str:

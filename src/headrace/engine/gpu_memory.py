@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headrace.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GpuMemory(NamedTuple):
@@ -33,6 +37,27 @@ def measure(uuid: str) -> GpuMemory:
     except nvml.NVMLError as error:
         raise ModelError(f"The GPU's memory can't be measured: NVML says {error}. Check nvidia-smi.") from error
     return GpuMemory(int(found.total), int(found.used), int(found.free))
+
+
+class Gpus:
+    """The GPUs among some devices, measured at most once a second."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._numbers = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        self._measured_at = float("-inf")
+        self._found = (0, 0)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use and in all; the last measurement where the driver doesn't answer."""
+        now = time.monotonic()
+        if self._numbers and now - self._measured_at >= 1:
+            self._measured_at = now
+            try:
+                found = measure_gpus(self._numbers)
+            except ModelError:
+                return self._found
+            self._found = sum(gpu.used for gpu in found), sum(gpu.total for gpu in found)
+        return self._found
 
 
 def all_gpus() -> list[tuple[str, GpuMemory]]:

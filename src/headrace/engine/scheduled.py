@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import msgspec
+
 from headrace.config import EngineSection
 from headrace.engine.pace import Pace
 from headrace.engine.pulse import Pulse
@@ -28,7 +30,7 @@ from headrace.errors import (
     InvalidParameter,
     ModelError,
 )
-from headrace.ports import Deliver, Overlaps, Runner, StepNotes, Tokenizer
+from headrace.ports import Deliver, OnGpus, Overlaps, Runner, StepNotes, Tokenizer
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report, Resume
 
 CAPABILITIES = frozenset(
@@ -90,6 +92,7 @@ class ScheduledEngine:
         self._ended: asyncio.Future[None] | None = None
         self._card: EngineCard | None = None
         self._stepper: Stepper | None = None
+        self._gpu_memory: Callable[[], tuple[int, int]] | None = None
         self._finished: Outbox = []
         """What came of the last step, until it is handed over."""
         self._overlaps = False
@@ -156,7 +159,13 @@ class ScheduledEngine:
                 self.cancel(request.id)
 
     def stats(self) -> EngineStats:
-        return EngineStats() if self._stepper is None else self._stepper.stats()
+        if self._stepper is None:
+            return EngineStats()
+        stats = self._stepper.stats()
+        if self._gpu_memory is not None:
+            used, total = self._gpu_memory()
+            stats = msgspec.structs.replace(stats, gpu_used=used, gpu_total=total)
+        return stats
 
     def cached_tokens(self, request_id: str) -> int:
         """Of a running request's prompt, those that the prefix cache had."""
@@ -275,6 +284,7 @@ class ScheduledEngine:
 
     def _load(self) -> Stepper:
         runner = self._make_runner()
+        self._gpu_memory = runner.gpu_memory if isinstance(runner, OnGpus) else None
         if isinstance(runner, Overlaps):
             runner.meanwhile = self._hand_over
             self._overlaps = True

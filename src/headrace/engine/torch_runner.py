@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.engine.gpu_memory import Gpus
 from headrace.engine.torch_paged import BLOCK, LayerShape, Paging, Pools, Step
 from headrace.errors import RequestFailed
 from headrace.ports import ForwardBatch
@@ -50,6 +51,7 @@ class TorchRunner:
         self._paging = paging
         self._device = device
         self._num_blocks = num_blocks
+        self._gpus = Gpus(devices.values())
         self._pools = Pools(shapes, num_blocks, dtype, devices)
         self._vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self._steps = 0
@@ -74,6 +76,10 @@ class TorchRunner:
     def rewinds(self) -> bool:
         """A step writes all its keys before any is looked at, and what lies beyond a sequence's end is hidden."""
         return not self._deterministic
+
+    def gpu_memory(self) -> tuple[int, int]:
+        """Bytes in use and in all on the model's GPUs, as NVML measures them; zeroes elsewhere."""
+        return self._gpus.memory()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in every layer."""

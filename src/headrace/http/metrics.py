@@ -202,17 +202,18 @@ class Metrics:
         processes: Mapping[str, Any] = {}
         with contextlib.suppress(HeadraceError):  # the rest is still worth having
             processes = await self._control.ps()
+        tasks = len(asyncio.all_tasks())
         # Writing it out takes a few milliseconds of Python, which a thread interrupts where the event loop could not.
-        text = await asyncio.to_thread(self._write, processes)
+        text = await asyncio.to_thread(self._write, processes, tasks)
         return Whole(text, content_type=CONTENT_TYPE_LATEST.encode())
 
-    def _write(self, processes: Mapping[str, Any]) -> bytes:
+    def _write(self, processes: Mapping[str, Any], tasks: int) -> bytes:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.multiprocess import MultiProcessCollector
 
         engines = CollectorRegistry()
         engines.register(_Engines(self._models))
-        engines.register(_Processes(processes))
+        engines.register(_Processes(processes, tasks))
         if not self._shared:
             return bytes(generate_latest(self.registry)) + bytes(generate_latest(engines))
         added_up = CollectorRegistry()
@@ -235,6 +236,8 @@ class _Engines:
             "headrace_predicted_wait_seconds": ("To the first token of a short request, if it came now", lambda s: s.predicted_wait),
             "headrace_kv_blocks_used": ("KV blocks in use", lambda s: s.blocks_used),
             "headrace_kv_blocks_total": ("KV blocks there are", lambda s: s.blocks_total),
+            "headrace_gpu_memory_used_bytes": ("In use on the GPUs that hold the model, by whomever", lambda s: s.gpu_used),
+            "headrace_gpu_memory_total_bytes": ("Of the GPUs that hold the model", lambda s: s.gpu_total),
         }
         counters: dict[str, tuple[str, Any]] = {
             "headrace_engine_steps": ("Steps of the engine's loop", lambda s: s.steps),
@@ -289,8 +292,9 @@ class _Engines:
 class _Processes:
     """Collects what the supervisor says of its processes, as `headrace ps` shows it."""
 
-    def __init__(self, listing: Mapping[str, Any]) -> None:
+    def __init__(self, listing: Mapping[str, Any], tasks: int) -> None:
         self._listing = listing
+        self._tasks = tasks
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -298,6 +302,9 @@ class _Processes:
         build = GaugeMetricFamily("headrace_build_info", "1, for this version", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
+        tasks = GaugeMetricFamily("headrace_tasks", "Tasks of the event loop of the API process that answers")
+        tasks.add_metric([], self._tasks)
+        yield tasks
         memory = GaugeMetricFamily("headrace_resident_memory_bytes", "Resident memory, all processes of a kind", labels=["process"])
         restarts = CounterMetricFamily("headrace_process_restarts", "Times that processes were started again", labels=["process"])
         kinds = (("api", self._listing.get("api", ())), ("engine", self._listing.get("workers", ())))
