@@ -15,7 +15,7 @@ from headrace.stores.cache_open import second_level
 from headrace.tls import check_tls
 from headrace.tracing import check_tracing
 
-FIXED_SECTIONS = frozenset({"model", "engine", "store"})
+FIXED_SECTIONS = frozenset({"model", "engine", "overload", "store"})
 """Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
 FIXED_FIELDS = frozenset({"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after"})
 """Likewise, of other sections."""
