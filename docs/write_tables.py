@@ -31,6 +31,7 @@ _CHINESE = {
     "CPU, with `[convert]`": "CPU，装有 `[convert]`",
     "CPU, with `[transformers]`, without `[convert]`": "CPU，装有 `[transformers]`，没有 `[convert]`",
     "one GPU or several, with `[transformers]`": "一块或多块 GPU，装有 `[transformers]`",
+    "several GPUs, with `[vllm]`": "多块 GPU，装有 `[vllm]`",
 }
 _ROW = re.compile(r"^\| `(\w+)` \|.*\| (.*) \|$", re.MULTILINE)
 

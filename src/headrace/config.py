@@ -159,19 +159,19 @@ class ModelSection(Section):
     name: str | None = Field(None, min_length=1, max_length=128, description="Name the model is served under, besides its own")
     context: int | None = Field(None, ge=16, description="Most tokens of prompt and completion together; default is the model's own")
     weights: Literal["auto", "int4", "int8", "full"] = Field("auto", description="Precision when a Transformers folder is converted")
-    engine: Literal["auto", "openvino", "transformers"] = Field(
+    engine: Literal["auto", "openvino", "transformers", "vllm"] = Field(
         "auto", description="What runs the model; auto chooses by its format, the hardware and what is installed (docs/engines.md)"
     )
     quantize: Literal["int8", "int4", "nf4"] | None = Field(
         None, description="Quantize weights while the transformers engine loads them; nf4 on CUDA only"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type that the transformers engine computes in; auto is what the device multiplies best"
+        "auto", description="Type that the transformers engine computes in, or vllm; auto is what the device multiplies best"
     )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$",
-        description="Where the transformers engine runs: auto, cpu, cuda, cuda:N or mps",
+        description="Where the transformers engine runs: auto, cpu, cuda, cuda:N or mps; vllm takes auto, or what it was built for",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that a model ships; never settable by a request")
     cache_dir: Path = Field(
@@ -199,7 +199,7 @@ class ModelEntry(Section):
     model: str | None = Field(None, min_length=1, description="As for MODEL; a version without one has that of [models.NAME]")
     version: str = Field("1", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="What [models.NAME] itself is called behind the @")
     revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of a repository on a hub")
-    engine: Literal["auto", "openvino", "transformers"] = Field("auto", description="As for the default model")
+    engine: Literal["auto", "openvino", "transformers", "vllm"] = Field("auto", description="As for the default model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="As for the default model")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="As for the default model")
     quantize: Literal["int8", "int4", "nf4"] | None = Field(None, description="As for the default model")
@@ -313,6 +313,10 @@ class EngineSection(Section):
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; default is one a core")
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of each GPU's memory that weights, keys and values and computing may take together"
+    )
+    tensor_parallel: int = Field(1, ge=1, le=1024, description="GPUs that share each layer of a model; needs the vllm engine")
+    pipeline_parallel: int = Field(
+        1, ge=1, le=1024, description="Groups of GPUs that have a model's layers in turn, each tensor_parallel large; needs the vllm engine"
     )
     kv_cache_gib: float | None = Field(None, gt=0, description="Memory for keys and values; default from free memory")
     max_sequences: int = Field(64, ge=1, le=1024, description="Most sequences in one batch")

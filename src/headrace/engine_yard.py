@@ -152,7 +152,7 @@ class EngineYard:
         self._received = received
         self._tell = tell
         self._apis = apis
-        self._local = sum(member.files.kind in ("openvino", "transformers") for member in members)
+        self._local = sum(member.files.kind in ("openvino", "transformers", "vllm") for member in members)
         self._sockets = itertools.count()
         self._numbers = itertools.count(1)
         self._holdings: dict[str, _Holding] = {}
@@ -412,7 +412,7 @@ class EngineYard:
         member, config = residence.member, self.config
         essential = self.managed or residence.name == self.default
         engine = config.engine
-        if self.managed and residence.files.kind in ("openvino", "transformers"):
+        if self.managed and residence.files.kind in ("openvino", "transformers", "vllm"):
             pool = next((name for name in self.stables[residence.name].needs or {} if name != "ram"), "ram")
             engine = engine.model_copy(update={"kv_cache_gib": kv_bytes(config, member, self.stables.budget.get(pool, 0)) / 2**30})
         # A worker has no business with keys.

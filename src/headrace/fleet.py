@@ -196,7 +196,7 @@ def weight_bytes(folder: Path, section: ModelSection) -> int:
 
 
 def _pool(files: ModelFiles, section: ModelSection, pools: Mapping[str, int]) -> str:
-    if files.kind != "transformers" or section.device == "cpu":
+    if files.kind not in ("transformers", "vllm") or section.device == "cpu":
         return "ram"
     gpus = [name for name in pools if name.startswith("gpu:")]
     wanted = section.device.partition(":")[2]

@@ -168,7 +168,7 @@ class Supervisor:
         self._signalled = asyncio.Event()
         self._quarantined = {files.name: quarantine.Quarantine() for files in self._models}
         self._circuits = CircuitTable([files.name for files in self._models], BreakerRules.of(config.resilience), self._tell_apis)
-        local = sum(files.kind in ("openvino", "transformers") for files in self._models)
+        local = sum(files.kind in ("openvino", "transformers", "vllm") for files in self._models)
         self._workers = [self._worker(number, member, 1 / max(1, local), folder) for number, member in enumerate(members)]
         self._figures = folder / "figures"
         self._figures.mkdir()

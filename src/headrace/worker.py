@@ -16,7 +16,7 @@ import structlog
 import uvloop
 
 from headrace import logs
-from headrace.config import Config
+from headrace.config import Config, EngineSection
 from headrace.control import Alive, Beginning, ErrorsNoted, Promote, Stop, ToChild, begin
 from headrace.engine.admission import Admission
 from headrace.engine.echo import EchoEngine
@@ -34,6 +34,7 @@ from headrace.types import EngineState, EngineStats, ModelFiles
 
 if TYPE_CHECKING:
     from headrace.engine.torch_load import Wanted
+    from headrace.engine.vllm_load import Wanted as WantedOfVllm
 
 REPORT_INTERVAL = 0.25
 """Seconds between reports to the supervisor, while there is something new to say."""
@@ -79,6 +80,13 @@ def build_engine(
             fingerprint=files.fingerprint,
             options=files.options,
         )
+    if files.kind == "vllm":
+        from headrace.engine.vllm_engine import VllmEngine
+
+        wanted = _wanted_of_vllm(files, config, memory_share, beside_standby=beside_standby)
+        return VllmEngine(wanted, load_tokenizer(files), name=files.name, fingerprint=files.fingerprint)
+    if config.engine.tensor_parallel * config.engine.pipeline_parallel > 1:
+        raise ModelError("tensor_parallel and pipeline_parallel need engine = vllm, which needs safetensors and headrace[vllm].")
     from headrace.engine.scheduled import ScheduledEngine
 
     return ScheduledEngine(
@@ -95,6 +103,8 @@ def build_engine(
 
 def admission_for(files: ModelFiles, config: Config) -> Admission:
     """Who may wait for this engine. An upstream's batch is its own matter; ours is as large as it is configured."""
+    if files.kind == "vllm":
+        return Admission(config.overload, slots=config.engine.max_sequences)
     ours = files.kind in ("openvino", "transformers", "echo")
     return Admission(config.overload, slots=min(config.engine.max_sequences, config.engine.step_tokens - 1) if ours else 0)
 
@@ -154,6 +164,32 @@ def _wanted(files: ModelFiles, config: Config, memory_share: float, *, kv_blocks
         memory_share=memory_share,
         beside_another=beside_standby,
         deterministic=section.deterministic,
+    )
+
+
+def _wanted_of_vllm(files: ModelFiles, config: Config, memory_share: float, *, beside_standby: bool) -> WantedOfVllm:
+    """What the vllm engine is to load. Raises `ModelError` for what it can't do."""
+    from headrace.engine.vllm_load import Wanted as WantedOfVllm
+
+    section, model = config.engine, config.model
+    if section.deterministic:
+        raise ModelError("deterministic = true is not for the vllm engine: its products are batched. Take engine = openvino.")
+    return WantedOfVllm(
+        folder=Path(files.folder),
+        context_length=files.context_length,
+        max_sequences=section.max_sequences,
+        step_tokens=None if section.step_tokens == EngineSection().step_tokens else section.step_tokens,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        threads=section.threads,
+        tensor_parallel=section.tensor_parallel,
+        pipeline_parallel=section.pipeline_parallel,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        kv_bytes=None if section.kv_cache_gib is None else int(section.kv_cache_gib * 2**30),
+        memory_share=memory_share,
+        beside_another=beside_standby,
+        prefix_cache=section.prefix_cache,
     )
 
 

@@ -30,7 +30,7 @@ def pull(
     from headrace.models import resolve
 
     files = resolve.pull(name, section)
-    if files.kind in ("openvino", "transformers"):
+    if files.kind in ("openvino", "transformers", "vllm"):
         typer.echo(f"{files.name} is ready: `headrace serve {name}`", err=True)
         typer.echo(files.folder)
     else:

@@ -31,26 +31,16 @@ class TokenWords:
         return TokenLogprob(picked.token, picked.logprob, text, raw, top)
 
 
-class Completion:
-    """The completion of one choice as it grows: its sampler, its text, and its end conditions.
+class CompletionText:
+    """The text of one choice as it grows, and its end conditions.
 
     End conditions, in this order: the end of text (unless ignored) or a stop token, which are counted but show no
     text; a stop string; `limit` tokens of prompt and completion. Before `min_tokens` tokens only the last applies.
     """
 
-    __slots__ = ("_choice", "_ends", "_eos", "_limit", "_min_tokens", "_most", "_stops", "_stream", "_words", "sampler")
+    __slots__ = ("_choice", "_ends", "_eos", "_limit", "_min_tokens", "_most", "_stops", "_stream", "_words")
 
-    def __init__(
-        self,
-        sampling: Sampling,
-        sampler: SequenceSampler,
-        tokenizer: Tokenizer,
-        words: TokenWords,
-        *,
-        choice: int,
-        limit: int,
-    ) -> None:
-        self.sampler = sampler
+    def __init__(self, sampling: Sampling, tokenizer: Tokenizer, words: TokenWords, *, choice: int, limit: int) -> None:
         self._choice = choice
         self._eos = frozenset() if sampling.ignore_eos else tokenizer.eos_ids
         self._ends = self._eos.union(sampling.stop_token_ids)
@@ -63,7 +53,7 @@ class Completion:
         self._words = words
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Take in the completion's first tokens, which another engine has drawn and said. The sampler has them already.
+        """Take in the completion's first tokens, which another engine has drawn and said. A sampler has them already.
 
         What they show was shown; what is held back after them is what was held back there.
         """
@@ -72,10 +62,9 @@ class Completion:
             if self._stops is not None and text and count >= self._min_tokens:
                 self._stops.push(text)
 
-    def accept(self, picked: Picked, index: int) -> Delta:
+    def read(self, picked: Picked, index: int) -> Delta:
         """Take in the token at `index` of the completion. The delta says if the choice ended with it."""
         token = picked.token
-        self.sampler.accept(token)
         logprobs = () if self._most is None else (self._words.logprob(picked, self._most),)
         count = index + 1
         if token in self._ends and count > self._min_tokens:
@@ -104,3 +93,27 @@ class Completion:
         if matched is not None:
             return text + shown, matched
         return text + shown + self._stops.flush(), None
+
+
+class Completion(CompletionText):
+    """The same with its sampler, for an engine that draws tokens itself."""
+
+    __slots__ = ("sampler",)
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        sampler: SequenceSampler,
+        tokenizer: Tokenizer,
+        words: TokenWords,
+        *,
+        choice: int,
+        limit: int,
+    ) -> None:
+        super().__init__(sampling, tokenizer, words, choice=choice, limit=limit)
+        self.sampler = sampler
+
+    def accept(self, picked: Picked, index: int) -> Delta:
+        """Take in the token at `index` of the completion, for the tokens after it, too."""
+        self.sampler.accept(picked.token)
+        return self.read(picked, index)

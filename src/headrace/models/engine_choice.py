@@ -16,7 +16,7 @@ from headrace.config import ModelSection
 from headrace.errors import ModelError
 
 Format = Literal["openvino", "gguf", "safetensors", "quantized"]
-EngineName = Literal["openvino", "transformers"]
+EngineName = Literal["openvino", "transformers", "vllm"]
 
 FORMATS: dict[Format, str] = {
     "openvino": "OpenVINO folder",
@@ -37,6 +37,7 @@ _UNPAGED = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent"
 _UNPAGED_TYPES = ("mamba", "rwkv", "jamba", "bamba", "falcon_h1", "falcon_mamba", "recurrent_gemma", "zamba", "lfm2", "granitemoehybrid")
 
 _INSTALL = "pip install 'headrace[transformers]'"
+_INSTALL_VLLM = "pip install 'headrace[vllm]'"
 
 
 class Model(NamedTuple):
@@ -56,12 +57,12 @@ class Machine:
     gpus: int = 0
     """NVIDIA's."""
     installed: frozenset[str] = field(default_factory=frozenset)
-    """Of `transformers` (with torch and accelerate) and `convert`."""
+    """Of `transformers` (with torch and accelerate), `vllm` and `convert`."""
 
     @classmethod
     def found(cls) -> Machine:
         """This machine, without importing anything heavy."""
-        needed = {"transformers": ("torch", "transformers", "accelerate"), "convert": ("virtualenv",)}
+        needed = {"transformers": ("torch", "transformers", "accelerate"), "vllm": ("vllm",), "convert": ("virtualenv",)}
         have = {name for name, modules in needed.items() if all(importlib.util.find_spec(module) for module in modules)}
         return cls(gpus=_gpus(), installed=frozenset(have))
 
@@ -81,6 +82,8 @@ def choose_engine(model: Model, machine: Machine, section: ModelSection | None =
         _check_openvino(model)
         return Choice("openvino", "engine = openvino" if section.engine == "openvino" else "OpenVINO's own format")
     choice = _by_rule(model, machine, section, asked)
+    if choice.engine == "vllm":
+        _check_vllm(model, machine, section)
     if choice.engine == "transformers":
         if model.format == "openvino":
             raise ModelError("engine = transformers can't read OpenVINO folders. Take the model's original repository (safetensors).")
@@ -88,14 +91,25 @@ def choose_engine(model: Model, machine: Machine, section: ModelSection | None =
             raise ModelError("weights is for converting to OpenVINO. The transformers engine takes quantize = int8, int4 or nf4.")
         if "transformers" not in machine.installed:
             raise ModelError(f"This takes the transformers engine ({choice.reason}), which isn't installed: {_INSTALL}.")
-    else:
+    elif choice.engine == "openvino":
         _check_openvino(model)
     return choice
 
 
 def _by_rule(model: Model, machine: Machine, section: ModelSection, asked: str) -> Choice:
-    if section.engine == "transformers":
-        return Choice("transformers", "engine = transformers")
+    if section.engine != "auto":
+        return Choice(section.engine, f"engine = {section.engine}")
+    fits_vllm = (
+        "vllm" in machine.installed
+        and model.format in ("safetensors", "quantized")
+        and section.quantize is None
+        and section.weights == "auto"
+        and section.device in ("auto", "cuda")
+    )
+    if fits_vllm and machine.gpus > 1:
+        return Choice("vllm", "there are several CUDA GPUs")
+    if fits_vllm and machine.gpus and "transformers" not in machine.installed:
+        return Choice("vllm", "there is a CUDA GPU, and headrace[transformers] isn't installed")
     if asked:
         return Choice("transformers", f"{asked} is set")
     if section.weights != "auto":
@@ -113,6 +127,22 @@ def _by_rule(model: Model, machine: Machine, section: ModelSection, asked: str) 
     if "convert" not in machine.installed and "transformers" in machine.installed:
         return Choice("transformers", "headrace[convert] isn't installed, so it is served without conversion")
     return Choice("openvino", "converted once, it runs fastest on the CPU")
+
+
+def _check_vllm(model: Model, machine: Machine, section: ModelSection) -> None:
+    if model.format in ("openvino", "gguf"):
+        raise ModelError(
+            f"engine = vllm can't read {'OpenVINO folders' if model.format == 'openvino' else 'GGUF files'}. "
+            "Take the model's original repository (safetensors)."
+        )
+    if section.quantize is not None:
+        raise ModelError(
+            f"quantize = {section.quantize} belongs to the transformers engine. vllm takes checkpoints that are quantized: GPTQ, AWQ, FP8."
+        )
+    if section.weights != "auto":
+        raise ModelError("weights is for converting to OpenVINO. The vllm engine takes checkpoints as they are.")
+    if "vllm" not in machine.installed:
+        raise ModelError(f"engine = vllm, which isn't installed: {_INSTALL_VLLM}.")
 
 
 def _check_openvino(model: Model) -> None:
@@ -150,6 +180,7 @@ def table() -> str:
         "CPU, with `[convert]`": Machine(installed=frozenset({"convert"})),
         "CPU, with `[transformers]`, without `[convert]`": Machine(installed=frozenset({"transformers"})),
         "one GPU or several, with `[transformers]`": Machine(gpus=1, installed=frozenset({"transformers", "convert"})),
+        "several GPUs, with `[vllm]`": Machine(gpus=2, installed=frozenset({"transformers", "vllm"})),
     }
     rows: dict[str, Model] = {FORMATS["openvino"]: Model("openvino")}
     rows[f"{FORMATS['gguf']}: {', '.join(sorted(GGUF_ARCHITECTURES))}"] = Model("gguf", "llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -22,6 +23,8 @@ from headrace.models.progress import Progress
 from headrace.types import ModelFiles
 
 _ECHO_CONTEXT = 8192
+_AS_STORED = ("transformers", "vllm")
+"""Engines that read the publisher's weights."""
 
 
 def resolve(model: ModelSection, *, progress: bool | None = None) -> ModelFiles:
@@ -110,6 +113,8 @@ class _Puller:
             assert isinstance(repository, Repository), source
             return self._repository(repository, entry.name, entry.notes)
         folder_name = safe_name(entry.name, entry.source)
+        if self._section.engine == "vllm":
+            self._choose(Model("gguf"))
         if self._section.engine == "transformers" or self._quantizes():
             with self._cache.lock(folder_name):
                 file = self._fetch_member(entry, folder_name)
@@ -201,7 +206,7 @@ class _Puller:
     def _local_transformers(self, path: Path) -> ModelFiles:
         transformers_folder.check_transformers(path, trust_remote_code=self._section.trust_remote_code)
         name = path.resolve().name
-        if self._choose(described(read_object(path / "config.json"))).engine == "transformers":
+        if self._choose(described(read_object(path / "config.json"))).engine in _AS_STORED:
             return self._folder_as_stored(path, name)
         key = transformers_folder.content_key(path, self._cache, self._section.weights)
         folder_name = safe_name(name, f"transformers:{key}")
@@ -235,7 +240,7 @@ class _Puller:
             raise ModelError(old.advice)
         # Precision and trust change what is made of a Transformers repository; of the others they are harmless.
         key = f"{repository}|{self._section.weights}|{self._section.trust_remote_code}"
-        if self._section.engine == "transformers":
+        if self._section.engine in _AS_STORED:
             # Of a repository that has its weights in several formats it takes other files.
             key += "|transformers"
         folder_name = safe_name(name, key)
@@ -252,7 +257,7 @@ class _Puller:
             not ggufs
             and not openvino_folder.is_one(files)
             and transformers_folder.is_transformers(files)
-            and self._choose(described(read_object(files / "config.json"))).engine == "transformers"
+            and self._choose(described(read_object(files / "config.json"))).engine in _AS_STORED
         ):
             return self._repository_as_stored(files, name, f"{folder_name}-as-stored", notes)
         return _served(self._once(folder_name, lambda: self._pull_repository(repository, name, folder_name)), name, notes)
@@ -269,7 +274,7 @@ class _Puller:
                 self._cache,
                 self._progress,
                 trust_remote_code=self._section.trust_remote_code,
-                prefer_safetensors=self._section.engine == "transformers",
+                prefer_safetensors=self._section.engine in _AS_STORED,
             )
         return files
 
@@ -311,7 +316,10 @@ class _Puller:
         files = _served(folder, name, notes, fingerprint=fingerprint)
         section = self._section
         how = f"{section.quantize}|{section.dtype}|{section.device}"
-        return msgspec.structs.replace(files, kind="transformers", fingerprint=_print(files.fingerprint, "transformers", how))
+        config = Path(files.folder) / "config.json"
+        chosen = self._choose(described(read_object(config))).engine if config.is_file() else "transformers"
+        kind: Literal["transformers", "vllm"] = "vllm" if chosen == "vllm" else "transformers"
+        return msgspec.structs.replace(files, kind=kind, fingerprint=_print(files.fingerprint, kind, how))
 
     def _choose(self, model: Model) -> Choice:
         return choose_engine(model, Machine.found(), self._section)
