@@ -31,12 +31,14 @@ class Admit:
 
     def __init__(self, models: ServedModels) -> None:
         self._models = models
+        # Asked once: whether something is of a protocol takes Python longer than all the rest of this step.
+        self._telling = {model.files.name: model.engine for model in models if isinstance(model.engine, TellsCrowd)}
 
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
         if call.source is None and call.request is not None:
-            engine = self._models.find(call.served_model).engine
-            if isinstance(engine, TellsCrowd) and (crowd := engine.crowd()) is not None:
+            engine = self._telling.get(self._models.find(call.served_model).files.name)
+            if engine is not None and (crowd := engine.crowd()) is not None:
                 refusal = foreseen(*crowd, call.request)
                 if refusal is not None:
                     raise refusal
