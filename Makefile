@@ -39,7 +39,7 @@ quick: check
 	$(BIN)/pytest -q -m "not slow and not gpu"
 
 test: check
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
 test-convert: $(STAMP)-test

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from headrace.config import ModelSection
+from headrace.models.engine_choice import Machine
 from headrace.models.resolve import resolve
 from headrace.types import ModelFiles
 from real_servers import PostgresServer, RedisServer
@@ -21,6 +22,14 @@ def _data_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADRACE_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run wherever a GPU is, and say why where they don't."""
+    if Machine.found().gpus == 0:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
 
 
 @pytest.fixture(scope="session")

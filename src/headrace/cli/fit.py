@@ -46,6 +46,7 @@ def measure(config: Config) -> Fit:
     """The configured model's needs. Raises `ModelError` where its name means nothing."""
     from headrace.models import catalog
     from headrace.models.address import Echo, Local, Remote, Repository, parse
+    from headrace.models.engine_choice import transformers_settings
     from headrace.models.resolve import local_models
 
     section = config.model
@@ -60,8 +61,13 @@ def measure(config: Config) -> Fit:
         case Repository() | catalog.CatalogEntry():
             sources = {address.source, address.mirror} if isinstance(address, catalog.CatalogEntry) else {str(address)}
             name = section.model if isinstance(address, Repository) else address.name
-            for model in local_models(section.cache_dir):
-                if model.source in sources or model.name == name:
+            # A model may be there twice: converted, and as it came for the transformers engine.
+            as_it_came = section.engine == "transformers" or bool(transformers_settings(section))
+            here = local_models(section.cache_dir)
+            here.sort(key=lambda model: not (Path(model.folder) / "openvino_model.bin").is_file())
+            for model in here:
+                converted = (Path(model.folder) / "openvino_model.bin").is_file()
+                if not (as_it_came and converted) and (model.source in sources or model.name == name):
                     return _folder(Path(model.folder), name, section.context or model.context_length)
             if isinstance(address, Repository):
                 return Fit(name, "is not in the cache, so its size isn't known yet")
