@@ -37,6 +37,9 @@ FORGET = 5.0
 """Seconds in which the comparison of waits with their predictions loses most of its weight."""
 KEPT = 8
 """Requests that the engine has waiting at least, while others are held back before it."""
+FIRST_LENGTH = 128.0
+"""Tokens that a completion is expected to have before any has ended. What it may have is no measure: a request that names no limit may fill
+the whole context, and nobody should be refused for that."""
 _LATEST = 0.1
 """Weight of the latest request in the averages of length and pace."""
 
@@ -222,7 +225,9 @@ class Admission:
         """A snapshot."""
         gap = self._pace()
         running = sorted([self._left(entry) * gap for entry in self._running.values() for _ in range(entry.sequences)])
-        mean = self._length or (sum([entry.most for entry in self._running.values()]) / len(self._running) if self._running else 0.0)
+        mean = self._length or min(
+            FIRST_LENGTH, sum([entry.most for entry in self._running.values()]) / len(self._running) if self._running else FIRST_LENGTH
+        )
         return Queue(
             lines=tuple([Line(tenant, rank, *counts) for (tenant, rank), counts in self._lines.items()]),
             slots=self._slots,
@@ -330,10 +335,11 @@ class Admission:
         """Tokens that each of its sequences is expected to make yet: as requests make on average, or what it may if that is less."""
         done = entry.generated / entry.sequences
         most = max(1.0, entry.most - done)
-        if not self._length or entry.certain >= entry.most:
+        if entry.certain >= entry.most:
             return most
-        expected = max(self._length, float(entry.certain)) - done
-        return min(most, expected if expected > 0 else self._length)
+        length = self._length or FIRST_LENGTH
+        expected = max(length, float(entry.certain)) - done
+        return min(most, expected if expected > 0 else length)
 
     def _limit(self) -> float:
         """Seconds that may be predicted for a request which counts as prompt; 0 where there is no target."""
