@@ -235,6 +235,7 @@ def test_on_the_gpu(unpacked_model: Path, prompt: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", ["int8", "int4", "nf4"])
 def test_quantized_on_the_gpu(unpacked_model: Path, reference: Reference, prompt: list[int], quantize: Any) -> None:
+    pytest.importorskip("torchao" if quantize == "int4" else "bitsandbytes", reason="needs headrace[quantize]")
     runner = load(wanted(unpacked_model, dtype="auto", device="cuda", quantize=quantize))
     got = paged_logits(runner, prompt, [60, 1, 59], prompt[:20])
     assert (got.argmax(axis=1) == reference.logprobs(prompt).argmax(axis=1)).mean() > 0.6
