@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TIMEOUT = 1.0
 """Seconds for a connection, and for an answer."""
 CONNECTIONS = 16
+TURN = 10.0
+"""Seconds to wait for one of them: a crowd is not a Redis that is away. Requests have a shorter limit of their own (`cache_levels`)."""
 PREFIX = "headrace:cache:"
 _CHUNK = 500
 _ALL = PREFIX + "all"
@@ -38,7 +40,7 @@ class RedisCache:
             raise ConfigError("cache_url: the driver for Redis is not installed: pip install 'headrace[redis]'.") from error
         try:
             pool = BlockingConnectionPool.from_url(
-                url, max_connections=CONNECTIONS, timeout=TIMEOUT, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT
+                url, max_connections=CONNECTIONS, timeout=TURN, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT
             )
         except ValueError as error:
             raise ConfigError(f"cache_url: {error}") from error

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    bindparam,
     create_engine,
     delete,
     event,
@@ -32,10 +34,13 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from headrace.errors import StoreUnavailable
 from headrace.types import CacheSize, CacheTags
@@ -68,7 +73,25 @@ _answers = Table(
     Index("answers_1_used", "used_at", "size"),
     Index("answers_1_expires", "expires_at"),
 )
-_find = select(_answers.c.value, _answers.c.expires_at, _answers.c.used_at)
+_PUT = ("key", "value", "tenant", "model", "api_key", "size", "expires_at", "used_at")
+
+
+def _driver_sql(statement: ClauseElement, parameters: Sequence[str]) -> str:
+    """In the driver's words, with the values in the order of `parameters`. Each request asks for one look-up and one row to be kept, and
+    SQLAlchemy takes several times as long to say so as SQLite to do it."""
+    compiled = statement.compile(dialect=sqlite.dialect(), column_keys=parameters)
+    assert isinstance(compiled, SQLCompiler)
+    assert tuple(compiled.positiontup or ()) == tuple(parameters)
+    return compiled.string
+
+
+_insert = insert(_answers)
+_find_sql = _driver_sql(
+    select(_answers.c.value, _answers.c.expires_at, _answers.c.used_at).where(_answers.c.key == bindparam("key")), ("key",)
+)
+_put_sql = _driver_sql(
+    _insert.on_conflict_do_update(index_elements=["key"], set_={name: _insert.excluded[name] for name in _PUT if name != "key"}), _PUT
+)
 
 _Work = Callable[[Connection], Any]
 
@@ -166,7 +189,7 @@ class SqliteCache:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if any(asked.writes for asked in taken) else "BEGIN")
             results = [(asked.done, asked.work(connection)) for asked in taken]
             connection.exec_driver_sql("COMMIT")
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             self._disconnect()
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             refused = StoreUnavailable(f"The cache {self._path} can't be used: {reason[:300]}")
@@ -204,26 +227,21 @@ class SqliteCache:
             self._engine.dispose()
 
     def _get(self, connection: Connection, key: bytes) -> bytes | None:
-        row = connection.execute(_find.where(_answers.c.key == key)).first()
+        row = _driver(connection).execute(_find_sql, (key,)).fetchone()
         now = self._clock()
-        if row is None or row.expires_at <= now:
+        if row is None:
             return None
-        if now - row.used_at > USED_STEP:
+        value, expires_at, used_at = row
+        if expires_at <= now:
+            return None
+        if now - used_at > USED_STEP:
             self._used[key] = now
-        return bytes(row.value)
+        return bytes(value)
 
     def _put(self, connection: Connection, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
         now = self._clock()
-        values = {
-            "value": value,
-            "tenant": tags.tenant,
-            "model": tags.model,
-            "api_key": tags.key,
-            "size": len(value) + OVERHEAD,
-            "expires_at": now + ttl,
-            "used_at": now,
-        }
-        connection.execute(insert(_answers).values(key=key, **values).on_conflict_do_update(index_elements=["key"], set_=values))
+        size = len(value) + OVERHEAD
+        _driver(connection).execute(_put_sql, (key, value, tags.tenant, tags.model, tags.key, size, now + ttl, now))
         self._bytes += len(value) + OVERHEAD
         self._puts += 1
         for used, at in self._used.items():
@@ -256,6 +274,12 @@ class SqliteCache:
     def _count(self, connection: Connection) -> tuple[int, int]:
         entries, used = connection.execute(select(func.count(), func.coalesce(func.sum(_answers.c.size), 0)).select_from(_answers)).one()
         return int(entries), int(used)
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
 
 
 def _open(connection: Any, record: Any) -> None:
