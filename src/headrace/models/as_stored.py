@@ -90,9 +90,7 @@ def _make_tokenizer(source: Path, folder: Path, *, trust_remote_code: bool) -> N
     )
     if not (made / "tokenizer.json").is_file():
         said = " ".join(ran.stderr.strip().splitlines()[-1:])[:400] or "it is of a kind of its own"
-        raise ModelError(
-            f"{source.name} has no tokenizer.json, and transformers could make none of its tokenizer: {said}."
-        )
+        raise ModelError(f"{source.name} has no tokenizer.json, and transformers could make none of its tokenizer: {said}.")
     for path in made.iterdir():
         if not (folder / path.name).exists():
             path.rename(folder / path.name)
