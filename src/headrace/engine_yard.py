@@ -38,8 +38,7 @@ from headrace.control import (
 )
 from headrace.engine_places import EnginePlace, can_stand_by
 from headrace.errors import ConfigError, ModelError, ModelNotLoaded, ModelRefused, ModelTooLarge
-from headrace.fleet import fetched, kv_bytes, needs
-from headrace.lineup import Member
+from headrace.fleet import Member, fetched, kv_bytes, needs
 from headrace.stables import Fetch, Load, Refuse, Stables, Stall, Unload, gib
 from headrace.types import EngineState, EngineStatus, ModelFiles
 

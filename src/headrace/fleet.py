@@ -16,7 +16,6 @@ import msgspec
 from headrace.config import Config, ModelEntry, ModelSection
 from headrace.engine.kv_budget import free_memory
 from headrace.errors import ConfigError, ModelError
-from headrace.lineup import Member
 from headrace.models.address import Echo, Local, Remote, Repository, parse
 from headrace.models.catalog import CatalogEntry
 from headrace.models.resolve import resolve
@@ -36,25 +35,31 @@ _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fleet:
-    """What the configuration says of several models."""
+class Member:
+    """A model to be served, with the part of the configuration that its worker may see."""
 
-    members: tuple[Member, ...]
-    current: Mapping[str, str]
-    """By family, the version that the bare name stands for at the start."""
-
-    @property
-    def default(self) -> Member:
-        """The first family's current version."""
-        first = self.members[0].family
-        return next(member for member in self.members if member.files.name == self.current[first])
+    files: ModelFiles
+    section: ModelSection
+    entry: ModelEntry | None = None
+    """Its section in the configuration, where it is one of [models]."""
+    family: str = ""
+    """The name that it shares with its other versions."""
+    version: str = ""
 
 
-def fleet(config: Config) -> Fleet:
+def current_versions(members: Iterable[Member]) -> dict[str, str]:
+    """By family, the version that its name stands for at first: [models.NAME] itself, or else the first."""
+    current: dict[str, str] = {}
+    for member in members:
+        if member.family and (member.family not in current or member.family in member.files.aliases):
+            current[member.family] = member.files.name
+    return current
+
+
+def fleet(config: Config) -> list[Member]:
     """The members as far as they are known without a download. Raises `ConfigError` and `ModelError` for what can't be meant."""
     entries = config.fleet.models
     members: list[Member] = []
-    current: dict[str, str] = {}
     for name, entry in entries.items():
         family, at, version = name.partition("@")
         if not _NAME.fullmatch(family) or (at and not _VERSION.fullmatch(version)):
@@ -77,11 +82,8 @@ def fleet(config: Config) -> Fleet:
         aliases = () if at else (family, *entry.aliases)
         files = _files(section, id_, aliases if not at else tuple(entry.aliases), look=True)
         members.append(Member(files, section, whole, family, version))
-        if not at or family not in current:
-            current[family] = id_
-    known = {member.files.name for member in members} | set(current)
-    _check_names(config, members, current, known)
-    return Fleet(tuple(members), current)
+    _check_names(config, members, {member.files.name for member in members} | {member.family for member in members})
+    return members
 
 
 def _inherited(entry: ModelEntry, base: ModelEntry | None) -> ModelEntry:
@@ -129,7 +131,7 @@ def named(files: ModelFiles, name: str, aliases: tuple[str, ...]) -> ModelFiles:
     return msgspec.structs.replace(files, name=name, aliases=aliases)
 
 
-def _check_names(config: Config, members: Iterable[Member], current: Mapping[str, str], known: set[str]) -> None:
+def _check_names(config: Config, members: Iterable[Member], known: set[str]) -> None:
     taken = dict.fromkeys(known, "a model")
     for member in members:
         for alias in member.files.aliases:

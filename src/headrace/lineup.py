@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable
 
 import msgspec
 
-from headrace.config import Config, ModelEntry, ModelSection
+from headrace.config import Config, ModelSection
 from headrace.errors import ConfigError
+from headrace.fleet import Member, fetched, fleet
 from headrace.models.resolve import resolve
 from headrace.policies.route import candidate
-from headrace.types import ModelFiles
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A model to be served, with the part of the configuration that its worker may see."""
-
-    files: ModelFiles
-    section: ModelSection
-    entry: ModelEntry | None = None
-    """Its section in the configuration, where it is one of [models]."""
-    family: str = ""
-    """The name that it shares with its other versions."""
-    version: str = ""
 
 
 def lineup(config: Config) -> tuple[Config, list[Member]]:
@@ -50,6 +38,18 @@ _OF_ONE_MODEL = {"name": None, "context": None, "engine": "auto", "quantize": No
 """What is said of the default model, and not of those that stand in for it."""
 
 
+def names_of(members: Iterable[Member], aliases: Iterable[str] = ()) -> dict[str, str]:
+    """What models may be called in the configuration, and what API processes know that name as: one of a family stays what it is,
+    because what it stands for changes."""
+    names: dict[str, str] = {alias: alias for alias in aliases}
+    for member in members:
+        for called in (member.files.name, *member.files.aliases, member.section.model):
+            names.setdefault(called, called if member.family and called in member.files.aliases else member.files.name)
+        if member.family:
+            names[member.family] = member.family
+    return names
+
+
 class _Lineup:
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -57,11 +57,12 @@ class _Lineup:
         self._names: dict[str, str] = {}
         """What a model may be called, or is addressed by: its name."""
         self._key_given = False
+        """The key of `remote_api_key` is taken."""
 
     def all(self) -> tuple[Config, list[Member]]:
         resilience = self._config.resilience
         check(self._config)
-        self._add(self._config.model)
+        self._take_fleet()
         chains = {name: tuple(self._named(entry) for entry in chain) for name, chain in resilience.fallbacks.items()}
         smaller = None if resilience.degrade_model is None else self._model(resilience.degrade_model)
         for name in chains:
@@ -70,6 +71,29 @@ class _Lineup:
                 raise ConfigError(f"fallbacks: there is no model {name!r} here; there is {served}.")
         named = resilience.model_copy(update={"fallbacks": chains, "degrade_model": smaller})
         return self._config.model_copy(update={"resilience": named}), self._members
+
+    def _take_fleet(self) -> None:
+        """The default model and those of [models]: of these the first, if no other is configured."""
+        section, members = self._config.model, list(fleet(self._config))
+        self._members = members
+        self._names = names_of(members, self._config.fleet.aliases)
+        default = None
+        if members and "model" not in section.model_fields_set:
+            default = members[0]
+        elif members and section.model in self._names:
+            name = self._names[section.model]
+            default = next((each for each in members if name in (each.files.name, *each.files.aliases)), None)
+            if default is None:
+                raise ConfigError(f"model: {section.model} is no model, but an alias for several; the default is one model.")
+        if default is None:
+            self._add(section)
+            default = members[-1]
+            for name in (default.files.name, *default.files.aliases):
+                self._names[name] = default.files.name
+        members.remove(default)
+        if default.files.pending:
+            default = dataclasses.replace(default, files=fetched(default))
+        members.insert(0, default)
 
     def _named(self, entry: str) -> str:
         return self._model(entry) if candidate(entry).kind == "model" else entry

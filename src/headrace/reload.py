@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from headrace.address import auth_at, check_strangers
 from headrace.config import Config, fields
 from headrace.errors import ConfigError
-from headrace.lineup import Member, check
+from headrace.fleet import Member
+from headrace.lineup import check, names_of
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.route import candidate
 from headrace.stores.cache_open import second_level
@@ -17,7 +18,9 @@ from headrace.tracing import check_tracing
 
 FIXED_SECTIONS = frozenset({"model", "engine", "overload", "store"})
 """Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
-FIXED_FIELDS = frozenset({"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after"})
+FIXED_FIELDS = frozenset(
+    {"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after", "models", "memory_budget_gib"}
+)
 """Likewise, of other sections."""
 
 
@@ -52,10 +55,7 @@ def usable(old: Config, new: Config, bound: socket.socket, members: Sequence[Mem
 
 def _with_names(config: Config, members: Sequence[Member]) -> Config:
     """Models by their names, as `lineup` does at the start; but only those that are served already."""
-    names: dict[str, str] = {}
-    for member in members:
-        for called in (member.files.name, *member.files.aliases, member.section.model):
-            names.setdefault(called, member.files.name)
+    names = names_of(members, config.fleet.aliases)
 
     def named(address: str, setting: str) -> str:
         if address not in names:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 import structlog
 
 from headrace import __version__, logs, quarantine
-from headrace.address import ENGINE_SOCKET, auth_at, bind, cannot_bind, let_nobody_in, listen_privately, private_folder, url_of
+from headrace.address import auth_at, bind, cannot_bind, let_nobody_in, private_folder, url_of
 from headrace.alerts import Alerts
 from headrace.api_processes import ApiProcesses
 from headrace.children import Child, listing, memory_mib
@@ -31,14 +30,17 @@ from headrace.claims import Ask, Settle
 from headrace.config import Config
 from headrace.control import (
     AskLimits,
+    AskModels,
     AskProbe,
     AskProcesses,
     AskReload,
     BudgetSeen,
     CircuitCalls,
-    EngineChanged,
     ErrorsNoted,
+    Held,
     LimitsAnswer,
+    ModelInUse,
+    ModelsAnswer,
     ProbeEnded,
     Processes,
     Quarantine,
@@ -46,15 +48,17 @@ from headrace.control import (
     Reloaded,
     RequestsEnded,
     Setup,
-    Stop,
+    ShadowCompared,
     ToChild,
     ToSupervisor,
-    config_to_json,
+    VersionPromoted,
 )
-from headrace.engine_places import EnginePlace, can_stand_by, check_standby
+from headrace.engine_places import check_standby
+from headrace.engine_yard import EngineYard
 from headrace.error_tracking import ErrorTracker
-from headrace.errors import ConfigError, ModelError
-from headrace.lineup import Member, lineup
+from headrace.errors import ConfigError, ModelError, ModelNotFound, ModelRefused
+from headrace.fleet import Member, budgets, current_versions
+from headrace.lineup import lineup
 from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
@@ -73,12 +77,15 @@ from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import check_tls
 from headrace.tracing import check_tracing
 from headrace.types import UsageRow
+from headrace.upgrades import Upgrades, remembered
 
 RECOVERY_TIMEOUT = 20.0
 """Seconds that a start waits for the bills that an earlier server left; the rest of them is settled while it serves."""
 END_TIMEOUT = 3.0
 """Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
 
+PROMOTIONS = "promotions.json"
+"""In `data_dir`: which version each model's name stands for."""
 ERRORS_TIMEOUT = 2.0
 """Seconds at the end for what is still to be written into the error book."""
 
@@ -154,22 +161,34 @@ class Supervisor:
         self._reread = reread
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
-        self._files = members[0].files
-        """Of the default model."""
-        self._models = [member.files for member in members]
         self._bound = bound
         self._tls = tls
         self._started_at = started_at
-        self._sockets = [folder / (ENGINE_SOCKET + (f"-{number}" if number else "")) for number in range(len(members))]
-        self._engines_listening = [listen_privately(path) for path in self._sockets]
+        managed = bool(config.fleet.models)
+        names = [member.files.name for member in members]
+        self._yard = EngineYard(
+            config,
+            members,
+            folder,
+            started_at,
+            budget=budgets(config) if managed else {},
+            managed=managed,
+            default=members[0].files.name,
+            received=self._hear,
+            tell=self._tell_apis,
+            apis=lambda: self._apis,
+        )
+        promotions = config.store.data_dir.expanduser() / PROMOTIONS
+        self._upgrades = Upgrades(
+            self._yard, remembered(promotions, current_versions(members), names), lambda: self._config.fleet, self._tell_apis, promotions
+        )
+        self._asked: set[asyncio.Task[None]] = set()
         self._limits = LimitTable()
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
         self._signals = 0
         self._signalled = asyncio.Event()
-        self._quarantined = {files.name: quarantine.Quarantine() for files in self._models}
-        self._circuits = CircuitTable([files.name for files in self._models], BreakerRules.of(config.resilience), self._tell_apis)
-        local = sum(files.kind in ("openvino", "transformers", "vllm") for files in self._models)
-        self._workers = [self._worker(number, member, 1 / max(1, local), folder) for number, member in enumerate(members)]
+        self._quarantined = {name: quarantine.Quarantine() for name in names}
+        self._circuits = CircuitTable(names, BreakerRules.of(config.resilience), self._tell_apis)
         self._figures = folder / "figures"
         self._figures.mkdir()
         self._apis = ApiProcesses(
@@ -207,12 +226,12 @@ class Supervisor:
         recovering = asyncio.create_task(self._recover(), name="recovery")
         alerting = asyncio.create_task(self._alerts.run(), name="alerts")
         booking = asyncio.create_task(self._errors.run(), name="error book")
-        keepers = [asyncio.create_task(worker.keep(), name=worker.name) for worker in self._workers]
+        self._yard.begin()
         self._apis.begin(self._config)
         announcer = asyncio.create_task(self._announce())
         signalled = asyncio.create_task(self._signalled.wait())
         try:
-            ends: list[asyncio.Future[Any]] = [*keepers, self._apis.broken, signalled]
+            ends: list[asyncio.Future[Any]] = [self._yard.broken, self._apis.broken, signalled]
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if signalled not in done:
                 for end in ends:
@@ -223,16 +242,14 @@ class Supervisor:
                 await self._recovery.once(END_TIMEOUT)
         finally:
             await self._apis.kill()
-            for worker in self._workers:
-                worker.retire()
-                worker.kill()
-            for task in (announcer, signalled, recovering, alerting, booking, *keepers):
+            for asked in self._asked:
+                asked.cancel()
+            await self._yard.kill()
+            for task in (announcer, signalled, recovering, alerting, booking):
                 task.cancel()
-            await asyncio.gather(announcer, signalled, recovering, alerting, booking, *keepers, return_exceptions=True)
+            await asyncio.gather(announcer, signalled, recovering, alerting, booking, *self._asked, return_exceptions=True)
             tracker.flush()
             await self._errors.finish(ERRORS_TIMEOUT)
-            for listening in self._engines_listening:
-                listening.close()
             await self._database.close()
         return 0
 
@@ -241,25 +258,6 @@ class Supervisor:
             await self._recovery.run()
 
     # Beginning
-
-    def _worker(self, number: int, member: Member, memory_share: float, folder: Path) -> EnginePlace:
-        # A worker has no business with keys.
-        config = config_to_json(
-            Config(model=member.section, engine=self._config.engine, overload=self._config.overload, log=self._config.log)
-        )
-        setup = Setup(config, [member.files], [str(self._sockets[number])], self._started_at, memory_share)
-        return EnginePlace(
-            f"engine {member.files.name}" if number else "engine",
-            listening=self._engines_listening[number],
-            folder=folder,
-            setup=lambda: setup,
-            rules=self._config.resilience,
-            received=self._hear,
-            changed=lambda place: self._tell_apis(EngineChanged(member.files.name, place.status)),
-            # The server is there for the default model; what may be away is what others are for.
-            essential=number == 0,
-            standby=self._config.resilience.standby and can_stand_by(member.files),
-        )
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -281,23 +279,25 @@ class Supervisor:
             self._reload_for(None)
 
     async def _announce(self) -> None:
-        for started in (self._workers[0].started, *(api.started for api in self._apis.current)):
+        default = self._yard.residences[self._yard.default]
+        for started in (default.was_ready, *(api.started for api in self._apis.current)):
             await started.wait()
         url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
-        name = self._files.public_name
+        files = default.files
+        name = files.public_name
         if sys.stderr.isatty():
-            for note in self._files.notes:
+            for note in files.notes:
                 sys.stderr.write(f"{note}\n")
             sys.stderr.write(f"Serving {name} at {url} after {seconds:.1f} s (try {url}/docs; Ctrl-C stops)\n")
             sys.stderr.flush()
         else:
-            for note in self._files.notes:
+            for note in files.notes:
                 self._log.info("note", note=note)
             self._log.info("ready", url=url, model=name, seconds=round(seconds, 2))
 
     def _api_setup(self, config: Config) -> Setup:
-        return Setup(config_to_json(config), self._models, [str(path) for path in self._sockets], self._started_at)
+        return self._yard.api_setup(config, self._upgrades.current)
 
     # A new configuration
 
@@ -354,6 +354,14 @@ class Supervisor:
             answer = self._circuits.hear(message, child.pid)
             if answer is not None:
                 child.tell(answer)
+        elif isinstance(message, ModelInUse | Held):
+            self._yard.hear(child, message)
+        elif isinstance(message, AskModels):
+            task = asyncio.create_task(self._answer(child, message), name=f"models {message.action}")
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
+        elif isinstance(message, ShadowCompared):
+            self._upgrades.hear(message)
         elif isinstance(message, Quarantine):
             if self._quarantined[message.model].add(message.fingerprint, message.until):
                 self._tell_apis(message)
@@ -365,15 +373,26 @@ class Supervisor:
             self._reload_for(child, message.number)
         elif isinstance(message, RequestsEnded | BudgetSeen):
             self._alerts.hear(message)
+            if isinstance(message, RequestsEnded):
+                self._upgrades.hear(message.counts)
         elif isinstance(message, ErrorsNoted):
             self._errors.add(message.errors)
+
+    async def _answer(self, child: Child, asked: AskModels) -> None:
+        """What an administrator wants of the models."""
+        try:
+            answer = ModelsAnswer(asked.number, await self._upgrades.answer(asked))
+        except (ModelRefused, ModelNotFound) as error:
+            answer = ModelsAnswer(asked.number, refused=error.message, unknown=isinstance(error, ModelNotFound))
+        child.tell(answer)
 
     def _tell_apis(self, message: ToChild) -> None:
         self._apis.tell(message)
 
     def _api_changed(self, api: Child) -> None:
-        for files, worker in zip(self._models, self._workers, strict=True):
-            api.tell(EngineChanged(files.name, worker.status))
+        self._yard.api_began(api)
+        for family, model in self._upgrades.current.items():
+            api.tell(VersionPromoted(family, model))
         for standing in self._circuits.standing():
             api.tell(standing)
         for model, quarantined in self._quarantined.items():
@@ -381,6 +400,7 @@ class Supervisor:
                 api.tell(Quarantine(model, print_, until))
 
     def _api_died(self, pid: int) -> None:
+        self._yard.api_died(pid)
         self._limits.lapse(pid)
         self._circuits.lapse(pid)
         if self._recovery is not None:
@@ -404,9 +424,8 @@ class Supervisor:
         """For the alerts: why each model's engine can't be used. One that is loaded for the first time isn't down."""
         open_circuits = {standing.model for standing in self._circuits.standing() if standing.state != "closed"}
         said: list[tuple[str, str | None]] = []
-        for files, worker in zip(self._models, self._workers, strict=True):
-            status = worker.status
-            down = status.state == "failed" or (status.state == "starting" and worker.started.is_set())
+        for files, status in self._yard.statuses():
+            down = status.state == "failed" or (status.state == "starting" and self._yard.residences[files.name].was_ready.is_set())
             reason = status.reason if down else None
             if files.name in open_circuits and status.state == "ready":
                 reason = "Its requests failed too often of late, and its circuit breaker keeps them away from it."
@@ -414,9 +433,7 @@ class Supervisor:
         return said
 
     def _processes(self) -> dict[str, object]:
-        workers = []
-        for files, worker in zip(self._models, self._workers, strict=True):
-            workers += worker.listings(files.public_name)
+        workers = self._yard.listings()
         apis = [line for api in self._apis if (line := listing(api)) is not None]
         return {
             "workers": workers,
@@ -436,15 +453,8 @@ class Supervisor:
             reload.cancel()
         await asyncio.gather(*self._reloads, return_exceptions=True)
         await self._apis.stop(timeout, END_TIMEOUT, self._within, self._close_door)
-        for worker in self._workers:
-            worker.retire()
-            worker.tell(Stop())
-        gone = asyncio.gather(*(worker.ended.wait() for worker in self._workers))
-        if not await self._within(gone, END_TIMEOUT):
+        if not await self._yard.stop(self._within):
             self._log.warning("engine had to be killed")
-        gone.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
 
     def _close_door(self) -> None:
         let_nobody_in(self._bound)

@@ -58,6 +58,7 @@ class Fallbacks:
     def __init__(self, models: ServedModels, chains: Mapping[str, Sequence[str]], *, timeout: float, old: OldAnswers | None = None) -> None:
         self._models = models
         self._chains = {models.find(name).files.name: tuple(map(candidate, chain)) for name, chain in chains.items()}
+        self._chains |= {name: tuple(map(candidate, chain)) for name, chain in chains.items()}
         self._timeout = timeout
         self._old = old
 
@@ -67,7 +68,8 @@ class Fallbacks:
         Raises what the model that was asked for raised, where it refuses the request, or where no fallback can answer either.
         """
         model = self._models.find(call.model)
-        chain = self._chains.get(model.files.name, ())
+        # That of a family holds for the versions that have none of their own.
+        chain = self._chains.get(model.files.name) or self._chains.get(model.family, ())
         if not chain:
             return await attempt(call, stack)
         start = _Start(call, self._timeout)
