@@ -100,6 +100,20 @@ def test_a_stream_ends_with_its_budget_and_says_why(server: tuple[RunningServer,
     assert 0 < int(refused.headers["retry-after"]) <= 86400
 
 
+def test_a_refused_prompt_is_not_counted_as_read(server: tuple[RunningServer, Path]) -> None:
+    running, folder = server
+    headers = make_key(running, folder, "--budget-tokens", "100")
+
+    def read() -> list[str]:
+        return [line for line in running.client.get("/metrics").text.splitlines() if line.startswith("headrace_prompt_tokens_total{")]
+
+    before = read()
+    assert ask(running, headers, "x" * 500).status_code == 429
+    assert read() == before
+    assert ask(running, headers, "x").status_code == 200
+    eventually(lambda: read() != before, what="the count")
+
+
 def test_parallel_streams_never_pass_their_budget(server: tuple[RunningServer, Path]) -> None:
     running, folder = server
     headers = make_key(running, folder, "--budget-tokens", "3000", "--period", "total")

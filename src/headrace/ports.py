@@ -292,12 +292,12 @@ class Books(Protocol):
         """Returns once the row is durable. Raises `StoreUnavailable` if it can't be made so, and `Overloaded`."""
         ...
 
-    def close(self, row: UsageRow, shared_with: str = "") -> None:
+    def close(self, row: UsageRow, shared_with: str = "", *, more: bool = False) -> None:
         """The request is over for its caller: settle it as soon as no engine works on it any more. Never waits.
 
         If an engine counted, the counts and times are the engine's; else they are the row's own. `shared_with` is the request that an
         engine was asked for, where several share one generation: then the counts are each row's own, and the last row to be closed has what
-        the engine made beyond what any of them saw.
+        the engine made beyond what any of them saw. `more`: others go on with that generation, and pay for what is still to come.
         """
         ...
 

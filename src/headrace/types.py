@@ -303,6 +303,8 @@ class Outcome:
     """Fraction of a token that a token costs which is not this call's own."""
     engine_request: str = ""
     """The id under which the engine runs a shared generation: that of the call that began it."""
+    others_go_on: bool = False
+    """Others were listening to the shared generation when this call left it."""
 
     @property
     def billed_prompt_tokens(self) -> int:
@@ -607,8 +609,8 @@ class Call:
     """Whether the caller wants the response cache; None leaves it to the server."""
     cache_control: str = ""
     """The request's Cache-Control header."""
-    asked: str | None = None
-    """The name that `model` was found by, where that is an alias or a name without a version."""
+    asked: tuple[str, str] | None = None
+    """Where `model` was found by an alias, or by a name without a version: that name, and the model that was chosen for it."""
     shadow: str = ""
     """A model that is to get a copy of the request, for its answer to be compared."""
     storable: bool = True

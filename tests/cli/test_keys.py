@@ -31,6 +31,8 @@ def test_a_keys_life(quick: QuickCli) -> None:
     assert (key["tenant"], key["models"], key["scopes"]) == ("acme", ["a", "b"], ["inference", "usage"])
     assert (key["rpm"], key["tpm"], key["concurrency"], key["budget_tokens"], key["budget_period"]) == (7, 8, 9, 10, "day")
     assert key["expires_at"] - key["created_at"] == pytest.approx(30 * 86400, abs=60)
+    _, line = quick("keys", "list").stdout.splitlines()
+    assert re.split(r"\s\s+", line.strip()) == [made["id"], made["prefix"] + "…", "app", "active", "acme", "a, b", "inference, usage"]
     shown = quick("keys", "show", made["id"]).stdout
     assert "7/min requests" in shown
     assert "10 tokens a day" in shown

@@ -172,6 +172,45 @@ async def test_sharers_who_stay_to_the_end_have_their_own_counts(books: Bookkeep
     shared.close()
 
 
+async def test_whoever_takes_the_bill_over_to_the_end_pays_the_rest_and_the_first_does_not_pay_it_again(
+    books: Bookkeeper, ledger: Ledger
+) -> None:
+    for name in ("first", "second"):
+        await books.open(row(name))
+    shared = SharedSlots(books.path)
+    counter = shared.counter(books.begin("first"))
+    counter.prompt(5, 0)
+    counter.add(10)
+    books.close(row("first", status="cancelled", prompt_tokens=5, completion_tokens=10), "first", more=True)
+    counter.add(20)
+    counter.end(Report(5, 0, 30, 0, 0, 0))
+    books.ended("first", Report(5, 0, 30, 0, 0, 0))
+    assert all(found.settled_at is None for found in ledger.rows.values()), "who dies now leaves one open row that has it all"
+    books.close(row("second", status="ok", completion_tokens=20), "first")
+    await until(lambda: books.unsettled == 0)
+    assert {name: found.completion_tokens for name, found in ledger.rows.items()} == {"first": 10, "second": 20}
+    assert sum(found.prompt_tokens for found in ledger.rows.values()) == 5
+    shared.close()
+
+
+async def test_what_a_generation_made_that_none_of_its_listeners_stayed_for_is_on_the_last_ones_bill(
+    books: Bookkeeper, ledger: Ledger
+) -> None:
+    for name in ("first", "second"):
+        await books.open(row(name))
+    shared = SharedSlots(books.path)
+    counter = shared.counter(books.begin("first"))
+    counter.prompt(5, 0)
+    counter.add(30)
+    counter.end(Report(5, 0, 30, 0, 0, 0))
+    books.ended("first", Report(5, 0, 30, 0, 0, 0))
+    books.close(row("first", status="cancelled", prompt_tokens=5, completion_tokens=10), "first", more=True)
+    books.close(row("second", status="cancelled", completion_tokens=4), "first")
+    await until(lambda: books.unsettled == 0)
+    assert {name: found.completion_tokens for name, found in ledger.rows.items()} == {"first": 10, "second": 20}
+    shared.close()
+
+
 async def test_the_database_away_the_journal_has_it_and_is_replayed_once(books: Bookkeeper, ledger: Ledger, tmp_path: Path) -> None:
     await books.open(row("before"))
     ledger.away = True

@@ -67,6 +67,10 @@ def limits(shown: dict[str, Any]) -> str:
     return ", ".join(words) or "none"
 
 
+UNFOLDED = 10_000
+"""Columns of what isn't read on a terminal: a line for each row, for `grep` and its like."""
+
+
 def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -77,4 +81,5 @@ def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         made.add_column(title, overflow="fold", no_wrap=number == 0)
     for row in rows:
         made.add_row(*map(Text, row))
-    Console().print(made)
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=UNFOLDED)).print(made)

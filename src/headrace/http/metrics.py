@@ -145,7 +145,7 @@ class Metrics:
         """Count a request that is over. `model` is a name of ours or empty, never what a client made up."""
         self.in_flight.dec()
         # Methods that no route has would let a client make up label values.
-        method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS") else "other"
+        method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS", "PATCH", "DELETE") else "other"
         self._request(exchange.route, method, str(status), model).inc()
         self._seconds(exchange.route).observe(now - exchange.started_at)
         for failing, error in failed:
@@ -176,7 +176,8 @@ class Metrics:
             # Of a shared generation each of its calls counts its own part.
             prompt = outcome.prompt_tokens if outcome.own_prompt_tokens is None else outcome.own_prompt_tokens
             completion = outcome.completion_tokens if outcome.own_completion_tokens is None else outcome.own_completion_tokens
-            if prompt:
+            if prompt and (outcome.report is not None or completion or outcome.first_token_at is not None):
+                # What was refused, by a limit or a queue, no engine has read.
                 meters.prompt.inc(prompt)
             if completion:
                 meters.completion.inc(completion)

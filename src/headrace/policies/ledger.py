@@ -40,14 +40,14 @@ class KeepBooks:
         try:
             yield
         finally:
-            self._books.close(_closed(row, call), call.outcome.engine_request)
+            self._books.close(_closed(row, call), call.outcome.engine_request, more=call.outcome.others_go_on)
 
 
 def _closed(row: UsageRow, call: Call) -> UsageRow:
     outcome = call.outcome
     report = outcome.report
     own = outcome.served_from == "engine"
-    counted = not own or report is not None or outcome.completion_tokens > 0
+    counted = not own or report is not None or outcome.billed_completion_tokens > 0
     return msgspec.structs.replace(
         row,
         # The model that really served, where a later step chose another one.

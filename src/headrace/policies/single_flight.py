@@ -65,6 +65,7 @@ class Generation:
         if listener not in self.listeners:
             return None
         self.listeners.remove(listener)
+        listener.call.outcome.others_go_on = bool(self.listeners)
         if self.over:
             return None
         if not self.listeners:

@@ -54,7 +54,9 @@ class _Entry:
     report: Report | None = None
     done: UsageRow | None = None
     sharers: list[UsageRow] = field(default_factory=list)
-    """Rows that were closed while the one generation that they share was under way, with their own counts."""
+    """Rows that were closed while the one generation that they share was under way or listened to, with their own counts."""
+    others_listen: bool = False
+    """More of them will come: whoever has taken over the bill."""
     unseen: int = 0
     """Tokens of completion that the engine made and none of those who share them saw."""
 
@@ -136,14 +138,16 @@ class Bookkeeper:
             self._slots.free(entry.slot)
             raise
 
-    def close(self, row: UsageRow, shared_with: str = "") -> None:
+    def close(self, row: UsageRow, shared_with: str = "", *, more: bool = False) -> None:
         if shared_with:
             first = self._entries.get(shared_with)
-            if first is not None and first.engines:
-                # Until it ends the slot is on the bill of the first: who dies now leaves one open row that has it all.
-                first.sharers.append(row)
-            else:
-                self._close_sharer(row, first if shared_with == row.id else None)
+            if first is None:
+                self._close_sharer(row, None)
+                return
+            # Until all have left, the slot is on the bill of the first: who dies now leaves one open row that has it all.
+            first.sharers.append(row)
+            first.others_listen = more
+            self._maybe_finish_sharers(shared_with, first)
             return
         entry = self._entries.get(row.id)
         if entry is None:
@@ -182,7 +186,7 @@ class Bookkeeper:
         if seen is not None:
             entry.unseen = self._slots.read(entry.slot).completion - seen
         if entry.sharers:
-            self._finish_sharers(request_id, entry)
+            self._maybe_finish_sharers(request_id, entry)
         elif entry.done is not None:
             self._finish(request_id, entry)
 
@@ -210,9 +214,16 @@ class Bookkeeper:
             )
         self._settle(row, entry.slot)
 
+    def _maybe_finish_sharers(self, request_id: str, entry: _Entry) -> None:
+        if not entry.engines and not entry.others_listen and any(row.id == request_id for row in entry.sharers):
+            self._finish_sharers(request_id, entry)
+
     def _finish_sharers(self, request_id: str, entry: _Entry) -> None:
         rows, entry.sharers = entry.sharers, []
         *others, last = rows
+        if entry.report is not None and not entry.unseen:
+            # It was made to its end, and all had left before they had read that far.
+            entry.unseen = max(0, self._slots.read(entry.slot).completion - sum(row.completion_tokens for row in rows))
         # The first one's slot is freed only once all that was counted in it is on somebody's bill.
         for row in sorted(others, key=lambda row: row.id == request_id):
             self._close_sharer(row, None)
