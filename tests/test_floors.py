@@ -38,6 +38,7 @@ FLOORS: dict[str, int] = {
     "replicas": 2,
     "stables": 2,
     "upgrades": 2,
+    "words_later": 2,
     "stalls": 2,
     "low_priority": 2,
     "circuits": 2,

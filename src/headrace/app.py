@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import structlog
@@ -23,10 +23,11 @@ import uvloop
 
 from headrace import logs
 from headrace.claims import Ask, Claim, Reply
-from headrace.config import Config
+from headrace.config import Config, ModelEntry
 from headrace.control import (
     Alive,
     AskLimits,
+    AskModels,
     AskProbe,
     AskProcesses,
     AskReload,
@@ -38,21 +39,31 @@ from headrace.control import (
     Drain,
     EngineChanged,
     ErrorsNoted,
+    Held,
+    Hold,
     LimitsAnswer,
+    ModelInUse,
+    ModelKnown,
+    ModelRefusal,
+    ModelsAnswer,
     ProbeAnswer,
     ProbeEnded,
     Processes,
     Quarantine,
     Quiet,
+    Release,
     Reloaded,
     RequestsEnded,
+    ServedHere,
+    ShadowCompared,
     ToChild,
+    VersionPromoted,
     begin,
 )
 from headrace.engine.frames import FrameConnection
 from headrace.engines import EngineClient
 from headrace.error_tracking import ErrorTracker
-from headrace.errors import ConfigError, ConfigRefused, EngineUnavailable, HeadraceError
+from headrace.errors import ConfigError, ConfigRefused, EngineUnavailable, HeadraceError, ModelNotFound, ModelRefused, revive
 from headrace.http.api import create_api
 from headrace.http.leaving import LAST_CALL, LeavingServer
 from headrace.http.request_tally import RequestTally
@@ -69,6 +80,7 @@ from headrace.policies.key_desk import KeyDesk
 from headrace.policies.prices import Prices
 from headrace.policies.trace import Trace
 from headrace.ports import Ledger, Meters
+from headrace.replicas import Replicas
 from headrace.served import ServedModel, ServedModels
 from headrace.stores.bookkeeper import Bookkeeper
 from headrace.stores.cache_open import open_cache
@@ -81,6 +93,9 @@ from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import ServerTls
 from headrace.tracing import Tracing
 from headrace.types import EngineCard, EngineStatus, ModelFiles
+from headrace.words_later import WordsLater
+
+Client = EngineClient | Replicas
 
 FAREWELL = 2.0
 """Seconds between ending what still runs and leaving, in which clients are told."""
@@ -105,12 +120,16 @@ def main() -> None:
 class SupervisorLink:
     """The API process's end of the control socket; what the HTTP floor knows as its control."""
 
-    def __init__(self, models: dict[str, tuple[ServedModel, EngineClient]], started_at: float) -> None:
+    def __init__(self, models: dict[str, tuple[ServedModel, Client]], started_at: float) -> None:
         self.draining = self.leaving = self.refusing = False
         self.started_at = started_at
         self.server: LeavingServer | None = None
         self.connection = FrameConnection[ToChild](ToChild, self._received, _leave)
         self._models = models
+        self.served: ServedModels | None = None
+        self.bringing: dict[str, WordsLater] = {}
+        """By model, who loads its words when they are first needed."""
+        self._models_asked: dict[int, asyncio.Future[ModelsAnswer]] = {}
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._limits_asked: dict[int, asyncio.Future[list[Reply]]] = {}
         self._circuits: dict[str, Circuit] = {}
@@ -148,6 +167,36 @@ class SupervisorLink:
             raise ConfigRefused(said.refused)
         return said.changed
 
+    async def models(
+        self, action: Literal["list", "load", "unload", "promote", "rollback"], model: str = "", watch: float | None = None
+    ) -> dict[str, Any]:
+        """`http.serving.ControlsModels`."""
+        number = next(self._numbers)
+        answer: asyncio.Future[ModelsAnswer] = asyncio.get_running_loop().create_future()
+        self._models_asked[number] = answer
+        try:
+            self.connection.send(AskModels(number, action, model, watch))
+            said = await answer
+        finally:
+            del self._models_asked[number]
+        if said.refused:
+            raise ModelNotFound(said.refused, param="model") if said.unknown else ModelRefused(said.refused)
+        return said.said
+
+    def wanted(self, model: str) -> None:
+        """There is a request for that model here."""
+        self.connection.send(ModelInUse(model, True))
+
+    def maybe_idle(self, model: str) -> None:
+        """There may be no request for that model here any more."""
+        bringing = self.bringing.get(model)
+        if not self._models[model][1].in_use and not (bringing is not None and bringing.in_use):
+            self.connection.send(ModelInUse(model, False))
+
+    def shadowed(self, model: str, shadow: str, likeness: float) -> None:
+        """A copy of a request was answered."""
+        self.connection.send(ShadowCompared(model, shadow, likeness))
+
     async def ask_limits(self, asks: Sequence[Ask]) -> list[Reply]:
         """A reply to each, from the supervisor's table of limits. It doesn't fail: this process leaves with the supervisor."""
         number = next(self._numbers)
@@ -183,12 +232,15 @@ class SupervisorLink:
 
     def engine_ready(self, model: str, card: EngineCard) -> None:
         """The model's worker said hello to us."""
-        self._models[model][0].card = card
+        served, client = self._models[model]
+        served.card = card
+        if isinstance(client, Replicas):
+            client.one_is_ready()
 
     def engine_lost(self, model: str) -> None:
         """The connection ended; the supervisor will say more, or has done so already."""
         served, client = self._models[model]
-        if served.status.state != "ready" or served.status.pid != client.worker_pid:
+        if served.status.state != "ready" or served.status.pid != client.worker_pid or isinstance(client, Replicas):
             return
         served.status = msgspec.structs.replace(
             served.status, state="starting", pid=0, reason="The engine's process ended; it is being started again."
@@ -206,7 +258,10 @@ class SupervisorLink:
         elif isinstance(message, EngineChanged):
             self._engine_changed(message.model, message.status)
         elif isinstance(message, Quarantine):
-            self._models[message.model][1].quarantine(message.fingerprint, message.until)
+            if message.model in self._models:
+                self._models[message.model][1].quarantine(message.fingerprint, message.until)
+        elif isinstance(message, Hold | Release | ModelKnown | ModelRefusal | VersionPromoted | ModelsAnswer):
+            self._hear_of_models(message)
         elif isinstance(message, Processes):
             asked = self._asked.get(message.number)
             if asked is not None and not asked.done():
@@ -220,17 +275,56 @@ class SupervisorLink:
         elif isinstance(message, CloseDoor):
             self._door_closed.set()
 
+    def _hear_of_models(self, message: Hold | Release | ModelKnown | ModelRefusal | VersionPromoted | ModelsAnswer) -> None:
+        if isinstance(message, ModelsAnswer):
+            asked = self._models_asked.get(message.number)
+            if asked is not None and not asked.done():
+                asked.set_result(message)
+            return
+        if isinstance(message, VersionPromoted):
+            if self.served is not None:
+                self.served.promote(message.family, message.model)
+            return
+        name = message.files.name if isinstance(message, ModelKnown) else message.model
+        if name not in self._models:
+            if isinstance(message, Hold):  # one that came with another configuration
+                self.connection.send(Held(name, message.number, True))
+            return
+        served, client = self._models[name]
+        bringing = self.bringing.get(name)
+        if isinstance(message, Hold):
+            if message.gently and (client.in_use or (bringing is not None and bringing.in_use)):
+                self.connection.send(Held(name, message.number, False))
+            else:
+                held = Held(name, message.number, True)
+                client.pause(lambda: self.connection.send(held))
+        elif isinstance(message, Release):
+            client.unpause()
+        elif isinstance(message, ModelKnown):
+            if bringing is not None and served.files.pending:
+                bringing.known(message.files)
+        else:
+            error = revive(message.code, message.reason, retry_after=None if message.code == "model_too_large" else 10)
+            if bringing is not None:
+                bringing.failed(error)
+            client.fail_waiting(error)
+
     def _engine_changed(self, model: str, status: EngineStatus) -> None:
+        if model not in self._models:
+            return  # one that came with another configuration
         served, client = self._models[model]
         served.status = status
+        client.not_loaded = status.reason if status.state in ("absent", "loading") else ""
         if status.state == "failed":
             client.give_up(EngineUnavailable(status.reason, retry_after=30))
         else:
             client.hope()
-        if status.state == "ready":
+        if status.state == "ready" and isinstance(client, EngineClient):
             client.expect(status.pid)
 
     def _circuit_changed(self, message: CircuitChanged) -> None:
+        if message.model not in self._models:
+            return
         self._models[message.model][0].circuit = message.state
         circuit = self._circuits.get(message.model)
         if circuit is not None:
@@ -291,7 +385,7 @@ class SupervisorsLimits:
 
 async def _run(beginning: Beginning) -> None:
     setup, config = beginning.setup, beginning.config
-    models: dict[str, tuple[ServedModel, EngineClient]] = {}
+    models: dict[str, tuple[ServedModel, Client]] = {}
     link = SupervisorLink(models, setup.started_at)
     tracker = ErrorTracker("api", lambda errors: link.connection.send(ErrorsNoted(errors)))
     logs.watch(tracker.watch_log)
@@ -300,8 +394,9 @@ async def _run(beginning: Beginning) -> None:
         cache = open_cache(config)
         ledger = SqlLedger(database) if config.ledger.ledger == "on" else None
         books = None if ledger is None else open_books(ledger, config)
-        for files, path in zip(setup.models, setup.sockets, strict=True):
-            models[files.name] = _serve_model(files, path, link, books, config.resilience.quarantine_seconds)
+        several: Sequence[ServedHere | None] = setup.served or [None] * len(setup.models)
+        for files, path, here in zip(setup.models, setup.sockets, several, strict=True):
+            models[files.name] = _serve_model(files, path, link, books, config, here)
         limits = open_limits(config.limits.limits_url, SupervisorsLimits(link), ledger=ledger, processes=config.server.max_workers)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
@@ -315,7 +410,8 @@ async def _run(beginning: Beginning) -> None:
         books.start()
     for _, client in models.values():
         client.connect()
-    served = ServedModels([model for model, _ in models.values()])
+    served = ServedModels([model for model, _ in models.values()], current=setup.current, aliases=config.fleet.aliases)
+    link.served = served
     circuits = {model.files.name: link.circuit(model) for model in served} if config.resilience.breaker == "on" else None
     rules = AlertRules.of(config.alerts)
     tally = RequestTally(served, rules.queue_seconds)
@@ -337,6 +433,7 @@ async def _run(beginning: Beginning) -> None:
             books=books,
             circuits=circuits,
             trace=None if tracing is None else Trace(tracing.tracer, served),
+            shadowed=link.shadowed if any(alias.shadow for alias in config.fleet.aliases.values()) else None,
         ),
         control=link,
         callers=callers,
@@ -431,19 +528,35 @@ def open_books(ledger: Ledger, config: Config) -> Bookkeeper:
 
 
 def _serve_model(
-    files: ModelFiles, path: str, link: SupervisorLink, meters: Meters | None, quarantine_seconds: float
-) -> tuple[ServedModel, EngineClient]:
-    client = EngineClient(
-        path,
-        on_ready=lambda card: link.engine_ready(files.name, card),
-        on_lost=lambda: link.engine_lost(files.name),
-        meters=meters,
-        quarantine_seconds=quarantine_seconds,
-        on_quarantine=lambda print_, until: link.connection.send(Quarantine(files.name, print_, until)),
-    )
-    if files.kind == "remote":
-        return ServedModel(files, client), client
-    return ServedModel(files, client, load_tokenizer(files), load_template(files)), client
+    files: ModelFiles, path: str, link: SupervisorLink, meters: Meters | None, config: Config, here: ServedHere | None
+) -> tuple[ServedModel, Client]:
+    """`here` is None where one model is served; else models are loaded and unloaded, and their words come when they are needed."""
+    name = files.name
+
+    def client_of(path: str) -> EngineClient:
+        return EngineClient(
+            path,
+            on_ready=lambda card: link.engine_ready(name, card),
+            on_lost=lambda: link.engine_lost(name),
+            meters=meters,
+            quarantine_seconds=config.resilience.quarantine_seconds,
+            on_quarantine=lambda print_, until: link.connection.send(Quarantine(name, print_, until)),
+            on_wanted=None if here is None else lambda: link.wanted(name),
+            on_idle=None if here is None else lambda: link.maybe_idle(name),
+        )
+
+    client: Client = client_of(path)
+    if here is not None and here.replicas:
+        client = Replicas([client_of(each) for each in (path, *here.replicas)])
+    if here is None:
+        if files.kind == "remote":
+            return ServedModel(files, client), client
+        return ServedModel(files, client, load_tokenizer(files), load_template(files)), client
+    served = ServedModel(files, client, family=here.family, entry=ModelEntry.model_validate_json(here.entry) if here.entry else None)
+    bring = link.bringing[name] = WordsLater(served, lambda: link.wanted(name), lambda: link.maybe_idle(name))
+    if files.pending or files.kind != "remote":
+        served.bring = bring
+    return served, client
 
 
 async def _connect(link: SupervisorLink, beginning: Beginning) -> None:

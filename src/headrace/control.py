@@ -33,8 +33,8 @@ class ServedHere(msgspec.Struct, frozen=True):
     """One of several models, for an API process."""
 
     family: str = ""
-    section: str = ""
-    """Its key in the configuration's `models`; empty where it isn't there."""
+    entry: str = ""
+    """JSON of its section in the configuration, with what it has from [models.NAME], without secrets; empty where it has none."""
     replicas: list[str] = []
     """Paths of further workers that serve it."""
 

@@ -199,19 +199,13 @@ class EngineYard:
         here = [
             ServedHere(
                 each.member.family,
-                next((name for name, entry in config.fleet.models.items() if each.member.entry is not None and self._is(name, each)), ""),
+                "" if each.member.entry is None else each.member.entry.model_dump_json(exclude={"remote_api_key"}),
                 [str(path) for path in each.paths[1:]],
             )
             for each in self.residences.values()
         ]
         paths = [str(each.paths[0]) for each in self.residences.values()]
         return Setup(config_to_json(config), self.files, paths, self._started_at, served=here if self.managed else [], current=current)
-
-    @staticmethod
-    def _is(section: str, residence: Residence) -> bool:
-        family, at, version = section.partition("@")
-        member = residence.member
-        return family == member.family and (version == member.version if at else member.family in member.files.aliases)
 
     def statuses(self) -> list[tuple[ModelFiles, EngineStatus]]:
         return [(each.files, self._status(each)) for each in self.residences.values()]

@@ -25,6 +25,7 @@ from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
 from headrace.policies.route import Fallbacks
+from headrace.policies.shadow import Shadow, Told
 from headrace.ports import Answers, Books, Limits, Step
 from headrace.served import ServedModels
 from headrace.types import Call, Event
@@ -54,10 +55,11 @@ class Journey:
         books: Books | None = None,
         circuits: Mapping[str, Circuit] | None = None,
         trace: Step | None = None,
+        shadowed: Told | None = None,
     ) -> Journey:
         """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
         without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed; without
-        `circuits` no engine is left alone."""
+        `circuits` no engine is left alone; `shadowed` hears how copies of requests were answered, and without it there are none."""
         resilience = config.resilience
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
         steps: list[Step] = [] if trace is None else [trace]
@@ -79,6 +81,8 @@ class Journey:
             attempt.append(Reserve(claimants, limits))
         if books is not None:
             attempt.append(KeepBooks(books, config.ledger.currency))
+        if shadowed is not None:
+            attempt.append(Shadow(models, prepare, shadowed))
         attempt.append(AskEngine(models, resilience, circuits))
         fallbacks = None
         if resilience.fallbacks:

@@ -119,5 +119,10 @@ class ServedModels:
         names = [*self._by_name, *self._current, *self._aliases]
         return {name: self.find(name) for name in names}
 
+    @property
+    def several(self) -> bool:
+        """Whether a name may stand for now this model, now that one."""
+        return bool(self._current or self._aliases)
+
     def _current_of(self, family: str) -> ServedModel | None:
         return self._by_id.get(self._current.get(family, ""))

@@ -19,6 +19,7 @@ from headrace.http.admin import Admin
 from headrace.http.admin_cache import AdminCache
 from headrace.http.admin_errors import AdminErrors
 from headrace.http.admin_keys import AdminKeys
+from headrace.http.admin_models import AdminModels
 from headrace.http.application import Application
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
@@ -208,6 +209,11 @@ def _add_routes(
     add("POST", "/admin/reload", admin.reload, "Administration", gate=on_the_spot, name="reload", openapi_extra=_SECURED)
     add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats", openapi_extra=_SECURED)
     add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
+    several = AdminModels(serving)
+    add("GET", "/admin/models", several.list, "Administration", gate=on_the_spot, name="admin_models", openapi_extra=_SECURED)
+    for action, do in (("load", several.load), ("unload", several.unload), ("promote", several.promote), ("rollback", several.rollback)):
+        path = f"/admin/models/{{model:path}}/{action}"
+        add("POST", path, do, "Administration", gate=on_the_spot, name=f"model_{action}", openapi_extra=_SECURED)
     add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True), openapi_extra=_SECURED)
     add("GET", "/admin/usage", bill.all, "Usage", gate=on_the_spot, name="admin_usage", openapi_extra=_SECURED)
     for method, path, endpoint in (

@@ -66,8 +66,8 @@ class HealthRoutes:
         # What others are for, fallbacks and the like, may be away without harm.
         served = self._serving.models.default
         status = served.status
-        if status.state == "ready":
-            return "healthy", ""
-        first = served.card is None and status.state in ("starting", "standby") and status.restarts == 0
+        if status.state == "ready" or (served.card is not None and status.state in ("absent", "loading")):
+            return "healthy", ""  # one that was unloaded for want of requests is loaded again for the next
+        first = served.card is None and status.state in ("absent", "loading", "starting", "standby") and status.restarts == 0
         reason = status.reason or f"The engine is {status.state}."
         return ("starting" if first else "unhealthy"), f"{served.public_name}: {reason}"

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 from starlette.requests import Request
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, ModelNotFound
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import decode_json, read_body
 from headrace.http.collect import collect, finish_for_clients, notes, timing, timing_headers
@@ -21,7 +21,7 @@ from headrace.http.problems import Fault, InvalidBody, native_error, status_of, 
 from headrace.http.serving import Serving
 from headrace.http.sse import TextEvents, comment, named_event
 from headrace.http.stream import Streamed
-from headrace.types import Call, Delta, Event
+from headrace.types import Call, Delta, Event, Sampling
 
 
 class NativeChat:
@@ -93,13 +93,23 @@ class NativeChat:
     def _call(self, exchange: Exchange, question: ChatQuestion, *, stream: bool = False, key_required: bool = False) -> Call:
         return self._serving.call(
             exchange,
-            question.sampling(),
+            self._sampling(exchange, question),
             model=question.model,
             messages=question.messages(),
             stream=stream,
             cache=question.cache,
             key_required=key_required,
         )
+
+    def _sampling(self, exchange: Exchange, question: ChatQuestion) -> Sampling:
+        """What the question says, and of the rest what the model's section in the configuration does."""
+        if not self._serving.models.several:
+            return question.sampling()
+        try:
+            entry = self._serving.chosen(exchange, question.model).entry
+        except ModelNotFound:
+            entry = None  # the journey says so
+        return question.sampling(entry)
 
     async def _reply(self, call: Call, question: ChatQuestion) -> dict[str, Any]:
         choice = (await collect(self._serving.journey, call)).choices[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from headrace.config import ModelEntry
 from headrace.http.problems import Fault, InvalidBody, Location
 from headrace.types import Message, Sampling
 
@@ -21,6 +23,9 @@ def _no_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError("A text can't hold a NUL character (U+0000)")
     return text
+
+
+_USUAL = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
@@ -78,15 +83,21 @@ class ChatQuestion(_Wire):
     system: Text | None = Field(None, description="Becomes the first message, with the role system")
     cache: bool | None = Field(None, description="Keep this answer and give it again, even if it is a random one; false: never")
 
-    def sampling(self) -> Sampling:
+    def sampling(self, usual: ModelEntry | None = None) -> Sampling:
+        """`usual`: the model's section in the configuration, for what the question doesn't say."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(
+        said = Sampling(
             max_tokens=self.max_length,
             temperature=self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
             stop=stop,
         )
+        if usual is None:
+            return said
+        ours = {"max_length": "max_tokens"}
+        silent = {field: getattr(usual, field) for field in _USUAL if field not in {ours.get(name, name) for name in self.model_fields_set}}
+        return msgspec.structs.replace(said, **{field: value for field, value in silent.items() if value is not None})
 
     def messages(self) -> tuple[Message, ...]:
         messages = [] if self.system is None else [Message(role="system", content=self.system)]

@@ -17,7 +17,16 @@ from headrace.http.exchange import exchange_of
 from headrace.http.hangup import Watch
 from headrace.http.openai_answers import Head, chat_logprobs, closing, error_event, usage_of
 from headrace.http.openai_nothing import CHAT, MESSAGE, refuse_what_we_cannot
-from headrace.http.openai_wire import MOST_TOKENS, ChatCompletionRequest, ChatMessage, ContentPart, parse, refuse_nul, sampling_of
+from headrace.http.openai_wire import (
+    MOST_TOKENS,
+    ChatCompletionRequest,
+    ChatMessage,
+    ContentPart,
+    default_tokens,
+    parse,
+    refuse_nul,
+    sampling_of,
+)
 from headrace.http.serving import Serving
 from headrace.http.sse import json_text
 from headrace.http.stream import Streamed
@@ -38,7 +47,7 @@ class ChatCompletions:
         asked = parse(_decoder, await read_body(exchange, request.receive, self._body_limit))
         refuse_what_we_cannot(asked, CHAT)
         messages = conversation(asked.messages)
-        sampling = _sampling(asked, self._serving.models.find(asked.model))
+        sampling = _sampling(asked, self._serving.chosen(exchange, asked.model))
         streams = bool(asked.stream)
         call = self._serving.call(exchange, sampling, model=asked.model, messages=messages, stream=streams, cache=asked.cache)
         calls = (call,)
@@ -75,7 +84,7 @@ def _sampling(asked: ChatCompletionRequest, served: ServedModel) -> Sampling:
     return sampling_of(
         asked,
         served,
-        max_tokens=MOST_TOKENS if limit is None else limit,
+        max_tokens=default_tokens(served, MOST_TOKENS) if limit is None else limit,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
 

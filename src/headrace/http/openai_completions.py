@@ -18,7 +18,7 @@ from headrace.http.hangup import Watch
 from headrace.http.merge import merge, together
 from headrace.http.openai_answers import Head, closing, error_event, finite, usage_of
 from headrace.http.openai_nothing import COMPLETION, refuse_what_we_cannot
-from headrace.http.openai_wire import CompletionRequest, parse, refuse_nul, sampling_of, vocabulary
+from headrace.http.openai_wire import CompletionRequest, default_tokens, parse, refuse_nul, sampling_of, vocabulary
 from headrace.http.serving import Serving
 from headrace.http.sse import json_text
 from headrace.http.stream import Streamed, as_they_are, encoded
@@ -40,7 +40,7 @@ class Completions:
         exchange = exchange_of(request.scope)
         asked = parse(_decoder, await read_body(exchange, request.receive, self._body_limit))
         refuse_what_we_cannot(asked, COMPLETION)
-        served = self._serving.models.find(asked.model)
+        served = self._serving.chosen(exchange, asked.model)
         prompts = prompts_of(asked.prompt, most=self._serving.config.server.max_batch, vocabulary=vocabulary(served))
         sampling = _sampling(asked, served)
         calls = [self._call(exchange, asked, sampling, prompt) for prompt in prompts]
@@ -85,7 +85,7 @@ def _sampling(asked: CompletionRequest, served: ServedModel) -> Sampling:
         if asked.best_of < n:
             raise InvalidParameter("`best_of` is at least `n`.", param="best_of")
         raise Unsupported("`best_of`: this server makes as many choices as it returns; ask for more with `n`.", param="best_of")
-    max_tokens = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    max_tokens = default_tokens(served, DEFAULT_MAX_TOKENS) if asked.max_tokens is None else asked.max_tokens
     prompt_logprobs = asked.logprobs if asked.echo else None
     if max_tokens == 0:
         if not asked.echo:

@@ -21,7 +21,11 @@ class Models:
         """The models served here that the caller may use, under every name they have."""
         caller = exchange_of(request.scope).caller
         key = caller.key if caller is not None else None
-        data = [_entry(served, name) for served in self._serving.models if may_use(key, served) for name in served.names]
+        models = self._serving.models
+        names = {name: served for served in models for name in served.names}
+        # What a name without a version stands for changes.
+        names |= models.names()
+        data = [_entry(served, name) for name, served in names.items() if may_use(key, served, name)]
         return json_answer({"object": "list", "data": data})
 
     async def retrieve(self, request: Request) -> Answer:
@@ -32,4 +36,11 @@ class Models:
 
 def _entry(served: ServedModel, name: str) -> dict[str, Any]:
     context = served.card.context_length if served.card is not None else served.files.context_length
-    return {"id": name, "object": "model", "created": served.created, "owned_by": "headrace", "context_length": context or None}
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "headrace",
+        "context_length": context or None,
+        "state": served.status.state,
+    }

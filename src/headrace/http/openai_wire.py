@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta
 
+from headrace.config import ModelEntry
 from headrace.errors import HeadraceError, InvalidParameter, Unsupported
 from headrace.http.body import malformed
 from headrace.http.openai_nothing import Ignored
@@ -131,25 +132,26 @@ def sampling_of(
     stop_ids = tuple(asked.stop_token_ids or ())
     if stop_ids and size is not None and max(stop_ids) >= size:
         raise InvalidParameter(f"Token ids are 0 to {size - 1} for this model; `stop_token_ids` has one outside.", param="stop_token_ids")
+    usual = served.entry or _NO_ENTRY
     min_tokens = asked.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidParameter("`min_tokens` is larger than the most tokens to generate.", param="min_tokens")
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_or(asked.temperature, 1.0),
-        top_p=_or(asked.top_p, 1.0),
-        top_k=max(0, asked.top_k or 0),
-        min_p=asked.min_p or 0.0,
+        temperature=_or(asked.temperature, usual.temperature, 1.0),
+        top_p=_or(asked.top_p, usual.top_p, 1.0),
+        top_k=max(0, _or(asked.top_k, usual.top_k, 0)),
+        min_p=_or(asked.min_p, usual.min_p, 0.0),
         seed=asked.seed,
-        presence_penalty=asked.presence_penalty or 0.0,
-        frequency_penalty=asked.frequency_penalty or 0.0,
-        repetition_penalty=_or(asked.repetition_penalty, 1.0),
+        presence_penalty=_or(asked.presence_penalty, usual.presence_penalty, 0.0),
+        frequency_penalty=_or(asked.frequency_penalty, usual.frequency_penalty, 0.0),
+        repetition_penalty=_or(asked.repetition_penalty, usual.repetition_penalty, 1.0),
         logit_bias=_bias(asked.logit_bias, size) if asked.logit_bias else {},
         stop=stop,
         stop_token_ids=stop_ids,
         ignore_eos=bool(asked.ignore_eos),
-        n=_or(asked.n, 1),
+        n=_or(asked.n, None, 1),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -158,8 +160,19 @@ def sampling_of(
 T = TypeVar("T")
 
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _or(value: T | None, usual: T | None, default: T) -> T:
+    """What was asked for, or else what the model's section in the configuration says, or else the default."""
+    if value is not None:
+        return value
+    return default if usual is None else usual
+
+
+_NO_ENTRY = ModelEntry()
+
+
+def default_tokens(served: ServedModel, default: int) -> int:
+    """`max_tokens` where a request doesn't say."""
+    return _or(None, served.entry.max_tokens if served.entry is not None else None, default)
 
 
 def _bias(asked: dict[str, float], size: int | None) -> dict[int, float]:

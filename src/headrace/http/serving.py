@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from headrace.config import Config
-from headrace.errors import Overloaded
+from headrace.errors import ModelNotFound, Overloaded
 from headrace.http.exchange import Exchange
 from headrace.http.wishes import PRIORITY_HEADER, priority_of, timeout_of
 from headrace.policies.authorize import find_for
@@ -45,6 +46,17 @@ class Control(Protocol):
 
     async def reload(self) -> list[str]:
         """Have the configuration read again; the settings that changed, in force for every new connection. Raises `ConfigRefused`."""
+        ...
+
+
+@runtime_checkable
+class ControlsModels(Protocol):
+    """The supervisor, where it loads and unloads models."""
+
+    async def models(
+        self, action: Literal["list", "load", "unload", "promote", "rollback"], model: str = "", watch: float | None = None
+    ) -> dict[str, Any]:
+        """List the models, or do something with one. Raises `ModelRefused` and `ModelNotFound`."""
         ...
 
 
@@ -107,8 +119,27 @@ class Serving:
             introduce(made, exchange.caller)
         if exchange.priority is not None:
             made.headers[PRIORITY_HEADER.lower()] = made.priority
+        if self.models.several:
+            self._choose(made, exchange)
         exchange.calls.append(made)
         return made
+
+    def chosen(self, exchange: Exchange, name: str | None) -> ServedModel:
+        """The model that this caller's requests for that name go to. Raises `ModelNotFound`."""
+        return self.models.choose(name, _caller(exchange))
+
+    def _choose(self, call: Call, exchange: Exchange) -> None:
+        name = call.model
+        try:
+            served = self.chosen(exchange, name)
+        except ModelNotFound:
+            return  # the journey says so, in words for this caller
+        call.model = served.files.name
+        if name is not None and name != call.model:
+            call.asked = name, call.model
+        shadow = self.models.shadow_of(name)
+        if shadow is not None and shadow[0] is not served and random.random() < shadow[1]:
+            call.shadow = shadow[0].files.name
 
     def served(self, call: Call) -> ServedModel:
         """The model that answers a call: the one the journey chose, or else the one asked for."""
@@ -117,3 +148,11 @@ class Serving:
     def find(self, exchange: Exchange, name: str | None) -> ServedModel:
         """The model of that name, for a route without a call. Raises `ModelNotFound`, and `Forbidden` where the key isn't for it."""
         return find_for(exchange.caller.key if exchange.caller is not None else None, self.models, name)
+
+
+def _caller(exchange: Exchange) -> bytes:
+    """Who calls, for keeping them with one model: the key, or else the address."""
+    caller = exchange.caller
+    if caller is None:
+        return exchange.address.encode()
+    return caller.key.id.encode() if caller.key is not None else b"%d" % caller.number

@@ -40,6 +40,8 @@ class Tokens:
         if (asked.text is None) == (asked.messages is None):
             raise InvalidBody([Fault(("text",), "Send one of `text` and `messages`", "value_error")])
         served = self._serving.find(exchange, asked.model)
+        if served.bring is not None:
+            await served.bring()
         _words(served)
         messages = tuple(Message(role=turn.role, content=turn.content) for turn in asked.messages or ())
         size = len(asked.text or "") + sum(len(message.content) for message in messages)
@@ -58,7 +60,10 @@ class Tokens:
         exchange = exchange_of(request.scope)
         body = await read_body(exchange, request.receive, self._body_limit)
         asked = validated(DetokenizeQuestion, decode_json(body))
-        tokenizer = _words(self._serving.find(exchange, asked.model))
+        served = self._serving.find(exchange, asked.model)
+        if served.bring is not None:
+            await served.bring()
+        tokenizer = _words(served)
         if len(asked.tokens) > INLINE_CHARACTERS:
             async with self._long:
                 text = await asyncio.to_thread(tokenizer.decode, asked.tokens)

@@ -141,7 +141,8 @@ class Asking:
 
     async def _attempt(self, request: GenerateRequest) -> list[Event]:
         circuit, status = self._circuit, self._model.status
-        if self._impatient and status.state != "ready":
+        # A model that isn't loaded yet is waited for: else it never would be, where it has fallbacks.
+        if self._impatient and status.state not in ("ready", "absent", "loading"):
             raise EngineUnavailable(status.reason or f"The engine is {status.state}.", retry_after=1)
         probe = 0 if circuit is None else await circuit.admit()
         self._epoch = 0 if circuit is None else circuit.epoch

@@ -19,13 +19,20 @@ class Authorize:
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
         if call.caller is not None and call.caller.models:
+            asked = call.asked
+            if asked is not None and asked[1] == call.model and asked[0] in call.caller.models:
+                yield  # the key is for the alias, whatever that stands for
+                return
             find_for(call.caller, self._models, call.model)
         yield
 
 
-def may_use(key: KeyRecord | None, model: ServedModel) -> bool:
-    """A key is for models by any of their names; without any it is for all."""
-    return key is None or not key.models or any(name in key.models for name in model.names)
+def may_use(key: KeyRecord | None, model: ServedModel, name: str = "") -> bool:
+    """A key is for models by any of their names, or for all versions by the name without one; without any it is for all.
+
+    `name`: an alias by which the model is found, which is enough, too.
+    """
+    return key is None or not key.models or name in key.models or any(each in key.models for each in (*model.names, model.family))
 
 
 def find_for(key: KeyRecord | None, models: ServedModels, name: str | None) -> ServedModel:
@@ -39,7 +46,7 @@ def find_for(key: KeyRecord | None, models: ServedModels, name: str | None) -> S
         found = models.find(name)
     except ModelNotFound as error:
         raise ModelNotFound(f"There is no such model here; {_offer(key, models)}", param=error.param) from None
-    if not may_use(key, found):
+    if not may_use(key, found, name or ""):
         which = f"the model {found.public_name!r}" if name is None else f"the model {name!r}"
         raise Forbidden(f"This key may not use {which}; {_offer(key, models)}", param="model")
     return found

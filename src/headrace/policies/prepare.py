@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
 
 from headrace.config import ServerSection
-from headrace.errors import ContextLengthExceeded, InvalidParameter, TooManyTokens, Unsupported
+from headrace.errors import ContextLengthExceeded, InvalidParameter, ModelNotLoaded, TooManyTokens, Unsupported
 from headrace.policies.prompt_memo import PromptMemo
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, EngineCard, GenerateRequest, Message, Sampling
@@ -48,6 +49,8 @@ class Prepare:
         model = self._models.find(call.model)
         call.served_model = model.files.name
         timeout = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        if model.bring is not None:
+            timeout = await _brought(model, call, timeout)
         if model.card is not None:
             refuse_unsupported(model.card, call.sampling)
         if model.tokenizer is None:
@@ -106,6 +109,23 @@ class Prepare:
                 f"Token ids are 0 to {model.tokenizer.vocab_size - 1} for this model; the prompt has one outside.", param="prompt"
             )
         return tokens
+
+
+async def _brought(model: ServedModel, call: Call, timeout: float) -> float:
+    """Have the model's words here; the seconds that are left. Raises `ModelNotLoaded`, `ModelTooLarge`, and `InvalidParameter`."""
+    begun = time.monotonic()
+    assert model.bring is not None
+    try:
+        async with asyncio.timeout(timeout):
+            await model.bring()
+    except TimeoutError:
+        raise ModelNotLoaded(f"The model {model.public_name} could not be fetched within {timeout:g} s.", retry_after=5) from None
+    # What was parsed before the vocabulary was known.
+    named = [*call.sampling.stop_token_ids, *call.sampling.logit_bias]
+    if named and model.tokenizer is not None and max(named) >= model.tokenizer.vocab_size:
+        what = "stop_token_ids" if max(named) in call.sampling.stop_token_ids else "logit_bias"
+        raise InvalidParameter(f"Token ids are 0 to {model.tokenizer.vocab_size - 1} for this model; `{what}` has one outside.", param=what)
+    return max(0.001, timeout - (time.monotonic() - begun))
 
 
 def context_length(model: ServedModel) -> int:

@@ -19,7 +19,8 @@ class Prices:
 
     def __call__(self, row: UsageRow) -> int | None:
         """None for a model without a price."""
-        price = self._prices.get(row.model)
+        # That of NAME holds for NAME@VERSION that has none of its own.
+        price = self._prices.get(row.model) or self._prices.get(row.model.partition("@")[0])
         if price is None:
             return None
         prompt, cached, completion = price
