@@ -104,8 +104,9 @@ def test_a_refused_prompt_is_not_counted_as_read(server: tuple[RunningServer, Pa
     running, folder = server
     headers = make_key(running, folder, "--budget-tokens", "100")
 
-    def read() -> list[str]:
-        return [line for line in running.client.get("/metrics").text.splitlines() if line.startswith("headrace_prompt_tokens_total{")]
+    def read() -> float:
+        lines = [line for line in running.client.get("/metrics").text.splitlines() if line.startswith("headrace_prompt_tokens_total{")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     before = read()
     assert ask(running, headers, "x" * 500).status_code == 429
