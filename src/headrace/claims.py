@@ -77,17 +77,24 @@ class Take(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Extend(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Lease more output. Rates let a running request go on, below nothing; budgets don't."""
+    """Lease more output. Rates let a running request go on, below nothing; budgets don't. A lease that was forgotten (`life`) goes on."""
 
     id: str
     tokens: int
+    life: str = ""
 
 
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The request is over and used so many tokens. Unknown ids are ignored, so that it can be said twice."""
+    """The request is over and used so many tokens. Unknown ids are ignored, so that it can be said twice; but where the place has
+    forgotten the lease (`life`), the budgets of `claims` are charged."""
 
     id: str
     used: int
+    claims: tuple[Claim, ...] = ()
+    life: str = ""
+    """Of the place, when it was asked for the lease; it begins another life when it has lost what it knew. "": not known."""
+    ended: float = 0.0
+    """When the request was over, Unix time."""
 
 
 class Charge(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -98,6 +105,8 @@ class Charge(msgspec.Struct, frozen=True, array_like=True, tag=4):
     claims: tuple[Claim, ...]
     requests: int
     used: int
+    ended: float = 0.0
+    """When the request was over, Unix time: a budget that was read from the ledger later has it already. 0: not known."""
 
 
 class Renew(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -116,6 +125,8 @@ class Taken(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Most tokens of output that its budgets could give it, the granted ones included; None without a budget."""
     rooms: tuple[Room, ...]
     """One for each claim."""
+    life: str = ""
+    """Of the place, as in `Settle`."""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):

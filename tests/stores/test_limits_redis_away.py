@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from headrace.claims import Claim, Refused, Take, Taken
+from headrace.claims import Claim, Refused, Room, Take, Taken
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import SharedLimits
 from real_servers import RedisServer
@@ -151,3 +151,59 @@ async def test_a_server_that_lost_everything_asks_the_ledger(server: RedisServer
     await back(limits)
     assert isinstance(await limits.take(Take(name(), (claim,), 6, 1, 1)), Refused)
     await limits.close()
+
+
+@pytest.mark.parametrize("older_state", [False, True])
+async def test_a_redis_that_has_forgotten_reads_budgets_anew_and_charges_what_ran(server: RedisServer, older_state: bool) -> None:
+    """`older_state`: it comes back with what it once saved; otherwise with nothing."""
+    claim = Claim(name(), concurrency=2, budget=10_000, period="total")
+    ledger = 0
+
+    async def spent(claim: Claim, since: float) -> int:
+        return ledger
+
+    one, two = (SharedLimits(RedisLimits(server.url), spent=spent, processes=2) for _ in range(2))
+    try:
+        (saved,) = await admitted(one, claim, 1, prompt=10, output=20)
+        server.stop()
+        if not older_state:
+            (server.folder / "dump.rdb").unlink()
+        server.start()
+        (first,) = await admitted(two, claim, 1, prompt=10, output=20)
+        await one.settle(saved, 100)
+        await back(one)
+        await two.settle(first, 200)
+        (running,) = await admitted(two, claim, 1, prompt=10, output=20)
+        ledger = 300
+        await asyncio.sleep(0.6)  # bills of requests that ended earlier are in the ledger for sure
+        server.kill()
+        server.start()
+        told = asyncio.get_running_loop().create_future()
+        two.extend(running, 50, told.set_result)
+        await told  # it fails, which is how the loss of the connection is known
+        await back(two)
+        two.extend(running, 50, (granted := asyncio.get_running_loop().create_future()).set_result)
+        assert (await granted).granted == 50
+        for each in (two, one):
+            await back(each)
+            (id,) = await admitted(each, claim, 1)
+            await each.settle(id, 0)
+        # The ledger's, and nothing is left of leases in what came back.
+        await asyncio.sleep(0.6)
+        rooms = await _standing(one, claim)
+        assert (rooms.spent, rooms.held, rooms.running) == (300, 0, 1)
+        await two.settle(running, 70)
+        await two.settle(running, 70)
+        rooms = await _standing(one, claim)
+        assert (rooms.spent, rooms.held, rooms.running) == (370, 0, 1)
+    finally:
+        await one.close()
+        await two.close()
+
+
+async def _standing(limits: SharedLimits, claim: Claim) -> Room:
+    id = name()
+    reply = await limits.take(Take(id, (claim,), 0, 0, 0))
+    assert isinstance(reply, Taken)
+    await limits.settle(id, 0)
+    return reply.rooms[0]

@@ -1,6 +1,10 @@
 -- Limits in Redis: the same as limit_table.py, which explains it. Atomic, by the server's clock.
--- KEYS[1] the prefix of all keys (one hash tag: one slot). ARGV[1] the asks as JSON. Returns the replies as JSON.
---   PREFIX:s:SUBJECT  hash   rl, rt, rs requests' level, time, size; tl, tt, ts tokens' likewise; h held; o loose; p period; u spent
+-- KEYS[1] the prefix of all keys (one hash tag: one slot). ARGV[1] the asks as JSON, ARGV[4] the last turn that the asker knows of.
+-- Returns the turn and the replies as JSON.
+--   PREFIX:t          hash   n the turn: how many times this script ran; e the life, where it isn't the first. In later lives each
+--                            PREFIX below ends with the life: what is left of earlier ones is forgotten, and expires
+--   PREFIX:s:SUBJECT  hash   rl, rt, rs requests' level, time, size; tl, tt, ts tokens' likewise; h held; o loose; p period; u spent;
+--                            b when u was read from the ledger; f, ft spent under leases that were forgotten, and when it was last
 --   PREFIX:r:SUBJECT  zset   running requests by expiry
 --   PREFIX:l:ID       hash   c claims; p prompt; o output; n counted; x periods, once it has lapsed
 --   PREFIX:d:ID       string a charge that has been made
@@ -10,7 +14,19 @@ local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local null = cjson.null
 local total_period, day = 0, math.floor(now / 86400) * 86400
-local longest = 0
+-- Seconds after which a request that is over is in the ledger for sure, where the database is well.
+local written = 0.5
+
+-- A turn that has been is a Redis that came back with an older state, or with none. The step is wider than what others may know of.
+local turns = prefix .. ':t'
+local turn = redis.call('HINCRBY', turns, 'n', 1)
+if turn <= tonumber(ARGV[4]) then
+  turn = tonumber(ARGV[4]) + 1000000
+  redis.call('HSET', turns, 'n', string.format('%.0f', turn), 'e', string.format('%.0f', turn))
+end
+local life = redis.call('HGET', turns, 'e') or '0'
+redis.call('EXPIRE', turns, 40 * 86400)
+if life ~= '0' then prefix = prefix .. life end
 
 -- The first of the month, by Howard Hinnant's days-from-civil algorithms.
 local function month()
@@ -41,12 +57,13 @@ end
 
 local function load(claim)
   local key = prefix .. ':s:' .. claim[1]
-  local h = redis.call('HMGET', key, 'rl', 'rt', 'tl', 'tt', 'h', 'o', 'p', 'u')
+  local h = redis.call('HMGET', key, 'rl', 'rt', 'tl', 'tt', 'h', 'o', 'p', 'u', 'b', 'f', 'ft')
   local s = {
     key = key, running = prefix .. ':r:' .. claim[1], name = claim[1],
     requests = limit(claim[2]), tokens = limit(claim[3]), concurrency = limit(claim[4]), budget = limit(claim[5]),
     period_kind = claim[6], window = claim[7],
     h = number(h[5]) or 0, o = number(h[6]) or 0, p = number(h[7]), u = number(h[8]) or 0,
+    b = number(h[9]) or 0, f = number(h[10]) or 0, ft = number(h[11]) or 0,
   }
   if s.requests then s.rl = filled(number(h[1]), number(h[2]), s.requests, s.window) end
   if s.tokens then s.tl = filled(number(h[3]), number(h[4]), s.tokens, s.window) end
@@ -68,6 +85,8 @@ local function save(s)
   if s.rl then add('rl', string.format('%.6f', s.rl)); add('rt', string.format('%.6f', now)) end
   if s.tl then add('tl', string.format('%.6f', s.tl)); add('tt', string.format('%.6f', now)) end
   if s.p then add('p', string.format('%.0f', s.p)) end
+  if s.b > 0 then add('b', string.format('%.6f', s.b)) end
+  if s.ft > 0 then add('f', string.format('%.0f', s.f)); add('ft', string.format('%.6f', s.ft)) end
   redis.call('HSET', s.key, unpack(fields))
   -- A budget that is forgotten is asked of the ledger again; a bucket is full by then.
   local keep = math.max(lapsed_seconds, 2 * s.window)
@@ -113,10 +132,29 @@ local function lapse(name)
   end
 end
 
-local function settle(id, used)
+-- Tokens that no lease here stands for. They count unless the budget has been read from the ledger since they were written there; if it
+-- has not been read at all, they are kept in mind for so long.
+local function spend(s, used, ended)
+  if s.p then
+    if ended == 0 or s.b < ended + written then s.u = s.u + used end
+  elseif now < ended + written then
+    s.f = (now < s.ft + written and s.f or 0) + used
+    s.ft = ended
+  end
+end
+
+local function settle(id, used, claims, its_life, ended)
   local key = prefix .. ':l:' .. id
   local l = redis.call('HMGET', key, 'c', 'p', 'o', 'x')
-  if not l[1] then return {5, null} end
+  if not l[1] then
+    if claims and its_life ~= '' and its_life ~= life and redis.call('SET', prefix .. ':d:' .. id, '', 'NX', 'EX', lapsed_seconds) then
+      for _, s in ipairs(loaded(claims)) do
+        spend(s, used, ended)
+        save(s)
+      end
+    end
+    return {5, null}
+  end
   redis.call('DEL', key)
   local all, held, output = loaded(cjson.decode(l[1])), tonumber(l[2]) + tonumber(l[3]), tonumber(l[3])
   local periods = l[4] and cjson.decode(l[4])
@@ -139,7 +177,7 @@ local function take(id, claims, prompt, output, least, requests, seeds)
   local lease = prefix .. ':l:' .. id
   local before = redis.call('HMGET', lease, 'o', 'x')
   if before[1] and not before[2] then
-    return {1, tonumber(before[1]), tonumber(before[1]), rooms(loaded(claims))}
+    return {1, tonumber(before[1]), tonumber(before[1]), rooms(loaded(claims)), life}
   end
   for _, claim in ipairs(claims) do lapse(claim[1]) end
   local all = loaded(claims)
@@ -152,7 +190,8 @@ local function take(id, claims, prompt, output, least, requests, seeds)
       if s.p ~= start then
         local seed = limit(seeds[i])
         if seed then
-          s.p, s.u = start, seed
+          s.p, s.u, s.b = start, seed + (now < s.ft + written and s.f or 0), now
+          s.f, s.ft = 0, 0
         else
           since[i] = start
           unknown = true
@@ -206,7 +245,7 @@ local function take(id, claims, prompt, output, least, requests, seeds)
   end
   redis.call('HSET', lease, 'c', cjson.encode(claims), 'p', prompt, 'o', granted)
   redis.call('EXPIRE', lease, lapsed_seconds)
-  return {1, granted, ceiling or null, rooms(all)}
+  return {1, granted, ceiling or null, rooms(all), life}
 end
 
 local function renew(id)
@@ -221,9 +260,11 @@ local function renew(id)
   end
 end
 
-local function extend(id, wanted)
+local function extend(id, wanted, its_life)
   local key = prefix .. ':l:' .. id
   local l = redis.call('HMGET', key, 'c', 'o', 'x')
+  -- Who was admitted under a lease that is forgotten goes on; what its budget could give was known then.
+  if not l[1] and its_life ~= '' and its_life ~= life then return {4, wanted, true} end
   if not l[1] or l[3] then return {4, 0, false} end
   local all, output = loaded(cjson.decode(l[1])), tonumber(l[2])
   local granted, passing = wanted, true
@@ -246,7 +287,7 @@ local function extend(id, wanted)
   return {4, granted, passing and granted < wanted}
 end
 
-local function charge(id, claims, requests, used)
+local function charge(id, claims, requests, used, ended)
   if redis.call('EXISTS', prefix .. ':l:' .. id) == 1 then
     if requests == 0 then
       for _, s in ipairs(loaded(claims)) do
@@ -263,7 +304,7 @@ local function charge(id, claims, requests, used)
   for _, s in ipairs(all) do
     if s.rl then s.rl = math.max(-s.requests, s.rl - requests) end
     if s.tl then s.tl = math.max(-s.tokens, s.tl - used) end
-    s.u = s.u + used
+    spend(s, used, ended)
     save(s)
   end
   return {5, rooms(all)}
@@ -275,14 +316,14 @@ for i, ask in ipairs(asks) do
   if kind == 1 then
     replies[i] = take(ask[2], ask[3], ask[4], ask[5], ask[6], ask[7], ask[8])
   elseif kind == 2 then
-    replies[i] = extend(ask[2], ask[3])
+    replies[i] = extend(ask[2], ask[3], ask[4])
   elseif kind == 3 then
-    replies[i] = settle(ask[2], ask[3])
+    replies[i] = settle(ask[2], ask[3], ask[4], ask[5], ask[6])
   elseif kind == 4 then
-    replies[i] = charge(ask[2], ask[3], ask[4], ask[5])
+    replies[i] = charge(ask[2], ask[3], ask[4], ask[5], ask[6])
   else
     for _, id in ipairs(ask[2]) do renew(id) end
     replies[i] = {5, null}
   end
 end
-return cjson.encode(replies)
+return cjson.encode({turn, replies})

@@ -20,7 +20,7 @@ CONNECT_TIMEOUT = 1.0
 PREFIX = "{headrace}"
 """A hash tag: all keys are in one slot, because a take spans several subjects."""
 
-_replies = msgspec.json.Decoder(list[Reply])
+_replies = msgspec.json.Decoder(tuple[int, list[Reply]])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -45,15 +45,20 @@ class RedisLimits:
         self._hash = hashlib.sha1(self._script, usedforsecurity=False).hexdigest()
         self._errors = (exceptions.RedisError, OSError, TimeoutError)
         self._ready = False
-        self._closed = False
+        self._turn = 0
+        """How many times the script had run when it last answered: a Redis that has run it less often has forgotten something."""
 
     async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
         if not self._ready:
             await self.reconnect()
         try:
             async with asyncio.timeout(self._timeout):
-                await self._connection.send_command("EVALSHA", self._hash, 1, PREFIX, _encode(asks), LEASE_SECONDS, int(LAPSED_SECONDS))
-                return _replies.decode(await self._connection.read_response())
+                said = _encode(asks)
+                await self._connection.send_command(
+                    "EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), self._turn
+                )
+                self._turn, replies = _replies.decode(await self._connection.read_response())
+                return replies
         except self._errors as error:
             # An answer that comes late would be taken for the next one's.
             await self._drop()

@@ -66,7 +66,7 @@ async def nothing_spent(claim: Claim, since: float) -> int:
 class _Running:
     """A request that has been admitted, or may have been."""
 
-    __slots__ = ("apart", "sure", "take")
+    __slots__ = ("apart", "life", "sure", "take")
 
     def __init__(self, take: Take) -> None:
         self.take = take
@@ -74,6 +74,8 @@ class _Running:
         """Its lease is here, not at the place."""
         self.sure = True
         """False where the place may have admitted it too, and its answer was lost."""
+        self.life = ""
+        """The place's, when it admitted it."""
 
 
 class SharedLimits:
@@ -131,6 +133,7 @@ class SharedLimits:
             self._settle(take.id, 0)
             raise
         if isinstance(reply, Taken):
+            running.life = reply.life
             if self._renewal is None:
                 self._renewal = asyncio.create_task(self._renew(), name="limits renewal")
             return reply
@@ -148,7 +151,8 @@ class SharedLimits:
         def answered(reply: Reply) -> None:
             told(reply if isinstance(reply, Extended) else Extended(0))
 
-        self._send(Extend(id, tokens), answered)
+        running = self._running.get(id)
+        self._send(Extend(id, tokens, "" if running is None else running.life), answered)
 
     async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
         """The request is over. It is sent before the first wait, so that a cancellation can't lose it; how its claims stand then."""
@@ -204,13 +208,13 @@ class SharedLimits:
         take = running.take
         if running.apart:
             reply = self._apart.answer(Settle(id, used))
-            self._send(Charge(id, take.claims, take.requests, used), _ignore)
+            self._send(Charge(id, take.claims, take.requests, used, time.time()), _ignore)
             answered(reply)
         elif not running.sure:
             # It may or may not have been admitted there.
-            self._send(Charge(id, take.claims, 0, used), answered)
+            self._send(Charge(id, take.claims, 0, used, time.time()), answered)
         else:
-            self._send(Settle(id, used), answered, take.claims)
+            self._send(Settle(id, used, take.claims, running.life, time.time()), answered, take.claims)
         return done
 
     async def _ask(self, ask: Ask) -> Reply:

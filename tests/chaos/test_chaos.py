@@ -1,0 +1,33 @@
+"""Streams, bills and limits of servers to which everything happens that can happen to processes and stores.
+
+`CHAOS_SEED` chooses another schedule, `CHAOS_MINUTES` another length; `make chaos` is the long run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from chaos.ordeal import Ordeal
+from chaos.schedule import schedule
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 26.0
+
+
+def test_whatever_happens_streams_are_whole_and_bills_exact(tmp_path: Path) -> None:
+    minutes = float(os.environ.get("CHAOS_MINUTES", "0"))
+    seed = int(os.environ.get("CHAOS_SEED") or (random.randrange(10**6) if minutes else 1))
+    seconds = 60 * minutes or SECONDS
+    limits = "memory" if seed % 3 == 0 else "redis"
+    ordeal = Ordeal(tmp_path, schedule(seed, seconds), seed=seed, limits=limits)
+    try:
+        ordeal.run()
+    finally:
+        sys.stdout.write(ordeal.report + "\n")
+    assert not ordeal.findings, ordeal.report
