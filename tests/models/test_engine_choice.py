@@ -17,6 +17,8 @@ BARE = Machine()
 BOTH = Machine(installed=frozenset({"transformers", "convert"}))
 GPU = Machine(gpus=1, installed=frozenset({"transformers", "convert"}))
 UNCONVERTED = Machine(installed=frozenset({"transformers"}))
+VLLM = Machine(installed=frozenset({"transformers", "convert", "vllm"}))
+GPUS = Machine(gpus=4, installed=frozenset({"transformers", "vllm"}))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,11 @@ UNCONVERTED = Machine(installed=frozenset({"transformers"}))
         (Model("safetensors"), BARE, "openvino"),
         (Model("safetensors", pageable=False), BOTH, "transformers"),
         (Model("quantized"), BOTH, "transformers"),
+        (Model("safetensors"), GPUS, "vllm"),
+        (Model("quantized"), GPUS, "vllm"),
+        (Model("gguf", "phi3"), GPUS, "transformers"),
+        (Model("safetensors"), VLLM, "openvino"),
+        (Model("safetensors"), Machine(gpus=1, installed=frozenset({"vllm"})), "vllm"),
     ],
 )
 def test_auto(model: Model, machine: Machine, engine: str) -> None:
@@ -44,6 +51,9 @@ def test_the_configuration_overrides() -> None:
     assert choose_engine(Model("gguf", "llama"), BOTH, ModelSection(engine="transformers")).engine == "transformers"
     assert choose_engine(Model("safetensors"), BOTH, ModelSection(quantize="int8")).engine == "transformers"
     assert choose_engine(Model("safetensors"), GPU, ModelSection(weights="int4")).engine == "openvino"
+    assert choose_engine(Model("safetensors"), VLLM, ModelSection(engine="vllm", dtype="float32")).engine == "vllm"
+    assert choose_engine(Model("safetensors"), GPUS, ModelSection(quantize="int8")).engine == "transformers"
+    assert choose_engine(Model("safetensors"), GPUS, ModelSection(engine="transformers")).engine == "transformers"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,11 @@ def test_the_configuration_overrides() -> None:
         (Model("safetensors"), BOTH, ModelSection(engine="openvino", dtype="float32"), "dtype = float32"),
         (Model("safetensors"), BOTH, ModelSection(engine="transformers", weights="int8"), "quantize"),
         (Model("quantized"), BOTH, ModelSection(engine="openvino"), "quantized already"),
+        (Model("safetensors"), BOTH, ModelSection(engine="vllm"), r"headrace\[vllm\]"),
+        (Model("gguf", "llama"), VLLM, ModelSection(engine="vllm"), "GGUF"),
+        (Model("openvino"), VLLM, ModelSection(engine="vllm"), "OpenVINO folders"),
+        (Model("safetensors"), VLLM, ModelSection(engine="vllm", quantize="int8"), "GPTQ, AWQ"),
+        (Model("safetensors"), VLLM, ModelSection(engine="vllm", weights="int8"), "weights"),
         (Model("safetensors", pageable=False), BOTH, ModelSection(engine="openvino"), "layers"),
     ],
 )

@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from headrace.engine.completion import CompletionText, TokenWords
 from headrace.engine.pull import pull
 from headrace.engine.pulse import Pulse
@@ -56,8 +58,27 @@ LAST_WORDS = 1.0
 """Seconds between the end of vLLM's engine and that of its requests: a worker is gone by then, and its clients go on elsewhere."""
 SLOWEST = 3.0
 """How many times as slow as the warm-up a step's tokens may be before it takes longer than expected."""
-_WARM_UP = 256
-"""Tokens of the prompt that is computed before anyone waits."""
+COMPILING = 20.0
+"""Seconds that any step may be expected to take: vLLM compiles what a request is the first to need. A worker is replaced after three times
+as long (`stalls`)."""
+_PROMPT = 256
+"""Tokens of the prompts that are computed before anyone waits."""
+_EVERYTHING = Sampling(
+    max_tokens=3,
+    min_tokens=2,
+    temperature=0.8,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.01,
+    seed=1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    repetition_penalty=1.1,
+    logit_bias={0: 1.0},
+    logprobs=2,
+    n=2,
+)
+"""What is compiled on first use, so that it isn't a caller's."""
 
 logger = logging.getLogger(__name__)
 
@@ -235,16 +256,16 @@ class VllmEngine:
     async def _warm_up(self, step_tokens: int) -> None:
         """Libraries compile for what they meet; then the longest step's time is guessed from that of one prompt."""
         assert self._card is not None
-        room = self._card.context_length - 8
-        for number in range(2):
+        count = max(1, min(_PROMPT, self._card.context_length - 8))
+        plain = Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
+        for number, sampling in enumerate((_EVERYTHING, msgspec.structs.replace(plain, prompt_logprobs=1), plain)):
             began = time.monotonic()
-            # The tokens differ, so that the second isn't in the prefix cache.
-            prompt = [number] * max(1, min(_WARM_UP, room))
-            sampling = Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
-            async for _ in self.generate(GenerateRequest(id=f"warm-up-{number}", prompt=prompt, sampling=sampling)):
+            # The tokens differ, so that none are in the prefix cache.
+            request = GenerateRequest(id=f"warm-up-{number}", prompt=[number] * count, sampling=sampling)
+            async for _ in self.generate(request):
                 pass
             took = time.monotonic() - began
-        self._expected = SLOWEST * took * max(1.0, step_tokens / len(prompt))
+        self._expected = max(COMPILING, SLOWEST * took * max(1.0, step_tokens / count))
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = self._steps = 0
         self._step_seconds = 0.0
 

