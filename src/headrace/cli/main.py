@@ -38,7 +38,7 @@ def _version(wanted: bool) -> None:
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("pull")(pull.pull)
-app.command("models")(models.models)
+app.add_typer(models.app)
 app.command("ps")(ps.ps)
 app.command("reload")(reload.reload)
 app.command("bench")(bench.bench)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from headrace.cli import several_models
 from headrace.cli.flags import takes_flags
 
 if TYPE_CHECKING:
@@ -16,14 +17,23 @@ if TYPE_CHECKING:
     from headrace.models.resolve import LocalModel
 
 
+app = typer.Typer(name="models", invoke_without_command=True)
+for command in (several_models.loaded, several_models.load, several_models.unload, several_models.promote, several_models.rollback):
+    app.command()(command)
+
+
+@app.callback()
 @takes_flags("cache_dir")
 def models(
+    context: typer.Context,
     as_json: bool = typer.Option(False, "--json", help="One JSON object: catalog and cache; sizes are bytes."),
     *,
     flags: Mapping[str, Any],
     config: Path | None,
 ) -> None:
-    """List the catalog (size, licence, languages) and what is in the cache."""
+    """List the catalog (size, licence, languages) and what is in the cache; or do something with the models of a running server."""
+    if context.invoked_subcommand is not None:
+        return
     from headrace.cli.sources import load
 
     folder = load(flags, file=config).config.model.cache_dir
