@@ -23,7 +23,7 @@ class Row:
 
 def rows(url: str) -> list[Row]:
     """All of the ledger, of `sqlite:///FILE` or of PostgreSQL."""
-    question = f"SELECT {_COLUMNS} FROM usage"  # noqa: S608
+    question = f"SELECT {_COLUMNS} FROM usage"
     if url.startswith("sqlite:///"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=10)) as database:
             return [Row(*row) for row in database.execute(question)]

@@ -97,10 +97,10 @@ def _row_is_right(row: Row, made: Made, client: Asked | None) -> Iterator[str]:
     who = f"{client or row.id}, billed {row.prompt} + {row.completion} as {row.status}"
     count = len(made.tokens)
     received = 0 if client is None else client.received
-    if client is not None and client.end == "complete":
-        # One that was interrupted was settled for a process that died before it could.
-        if row.prompt + row.completion != client.total or row.status not in ("ok", "interrupted"):
-            yield f"{who}: the client was told {client.total} in all"
+    # One that was interrupted was settled for a process that died before it could.
+    ended_well = row.status in ("ok", "interrupted")
+    if client is not None and client.end == "complete" and not (ended_well and row.prompt + row.completion == client.total):
+        yield f"{who}: the client was told {client.total} in all"
     if row.completion > count:
         yield f"{who}: engines made only {count}"
     if row.completion < received:

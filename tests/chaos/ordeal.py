@@ -193,7 +193,9 @@ class Ordeal:
     def _budget_is_the_ledgers(self, key: Key, billed: int) -> Iterator[str]:
         if self._in_redis:
             right = Standing(billed, 0, 0)
-            if not self._check(lambda: standing(self._redis.url, key.id) in (None, right), f"Redis says of {key.name} what the ledger says"):
+            if not self._check(
+                lambda: standing(self._redis.url, key.id) in (None, right), f"Redis says of {key.name} what the ledger says"
+            ):
                 yield f"{key.name}: the ledger says {billed} tokens, Redis {standing(self._redis.url, key.id)}"
             return
         if key.name == "budget":

@@ -47,7 +47,7 @@ def _drawn(draw: random.Random, seconds: float, deeds: Sequence[tuple[str, str]]
     while True:
         for target, deed in draw.sample(deeds, len(deeds)):
             # What is killed is gone at once; stores come back after a while.
-            instant = deed == "kill" and target in PROCESSES or (target, deed) in (("worker", "stop"), ("standby", "stop"))
+            instant = (deed == "kill" and target in PROCESSES) or (target, deed) in (("worker", "stop"), ("standby", "stop"))
             yield Fault(
                 at=at,
                 target=target,

@@ -127,7 +127,10 @@ class Witness:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                if ours in (path / "environ").read_bytes().split(b"\0") and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                if (
+                    ours in (path / "environ").read_bytes().split(b"\0")
+                    and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+                ):
                     found.append(int(path.name))
             except OSError:
                 continue

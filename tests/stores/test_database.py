@@ -165,6 +165,30 @@ async def test_the_database_is_stopped_and_started() -> None:
         await database.close()
 
 
+async def _raise(database: Database, state: str) -> None:
+    async with database.session() as session:
+        await session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so it is' USING ERRCODE = '{state}'; END $$"))
+
+
+async def test_a_postgresql_that_cannot_now_is_away(empty_postgres_url: str) -> None:
+    database = Database(empty_postgres_url)
+    for state in ("57P03", "53300", "25006"):  # starting up, too many connections, a replica
+        with pytest.raises(StoreUnavailable, match="so it is"):
+            await _raise(database, state)
+    with pytest.raises(DBAPIError):
+        await _raise(database, "P0001")
+    # Whatever it is that it refuses connections for, it can't be used.
+    name = empty_postgres_url.rpartition("/")[2]
+    other = Database(empty_postgres_url.removesuffix(name) + "postgres")
+    async with other.session() as session:
+        await session.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
+    await database.close()
+    with pytest.raises(StoreUnavailable):
+        await _use(database)
+    await database.close()
+    await other.close()
+
+
 async def _use(database: Database) -> None:
     async with database.session() as session:
         await session.execute(text("UPDATE key_changes SET version = version + 1"))

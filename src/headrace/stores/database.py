@@ -38,6 +38,10 @@ _MIGRATION_LOCK = 0x6865616472616365
 """PostgreSQL's advisory lock; any number that no other program takes ("headrace" in ASCII)."""
 _READING = "headrace_reading"
 
+_NOT_NOW = ("08", "53", "57", "58", "25006")
+"""PostgreSQL's SQLSTATEs, or classes of them: the connection broke, no room (memory, disk, connections), it starts or stops, its system
+failed, it is a replica now."""
+
 
 class Database:
     """One database, by URL: `sqlite:///FOLDER/FILE`, `postgresql://USER@HOST/NAME`.
@@ -64,8 +68,10 @@ class Database:
         instead of waiting for its turn. Raises `StoreUnavailable` where the database is away, too slow, or its disk is full; what was
         written then may or may not be there, if the commit itself was cut off.
         """
+        connected = False
         try:
             async with self._engine.connect() as connection:
+                connected = True
                 if read_only and self.is_sqlite:
                     connection = await connection.execution_options(**{_READING: True})
                 async with connection.begin():
@@ -73,7 +79,7 @@ class Database:
         except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
             raise self._unavailable(error) from error
         except DBAPIError as error:
-            if not error.connection_invalidated:
+            if connected and not error.connection_invalidated and not _is_servers_fault(error):
                 raise
             raise self._unavailable(error) from error
 
@@ -112,6 +118,11 @@ class Database:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         shown = self.url.render_as_string(hide_password=True)
         return StoreUnavailable(f"The database {re.sub(r'[+][a-z]+(?=:)', '', shown)} can't be used: {reason[:300]}", retry_after=2)
+
+
+def _is_servers_fault(error: DBAPIError) -> bool:
+    """Whether PostgreSQL says that it can't now, rather than that we asked for nonsense. SQLAlchemy has one class for both."""
+    return str(getattr(error.orig, "sqlstate", None) or "").startswith(_NOT_NOW)
 
 
 def _with_driver(text: str) -> URL:

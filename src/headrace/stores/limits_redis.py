@@ -54,9 +54,7 @@ class RedisLimits:
         try:
             async with asyncio.timeout(self._timeout):
                 said = _encode(asks)
-                await self._connection.send_command(
-                    "EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), self._turn
-                )
+                await self._connection.send_command("EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), self._turn)
                 self._turn, replies = _replies.decode(await self._connection.read_response())
                 return replies
         except self._errors as error:
