@@ -13,6 +13,7 @@ help:
 	@echo "make test-vllm  the vllm engine's tests, which the others skip"
 	@echo "make quick   the checks and the fast tests"
 	@echo "make check   ruff, mypy, floors"
+	@echo "make chaos   the long run of the chaos suite (CHAOS_SEED, CHAOS_MINUTES; docs/resilience.md)"
 	@echo "make bench   the benchmarks (bench/RESULTS.md keeps their results)"
 
 $(VENV)/bin/python:
@@ -51,6 +52,9 @@ test-convert: $(STAMP)-test
 test-vllm:
 	$(PYTHON) tests/with_vllm/install.py .venv-vllm
 	.venv-vllm/bin/python -m pytest tests/with_vllm
+
+chaos: $(STAMP)-test
+	CHAOS_MINUTES=$${CHAOS_MINUTES:-10} $(BIN)/pytest -s tests/chaos/test_chaos.py
 
 bench: $(STAMP)-test
 	$(BIN)/python -m bench
