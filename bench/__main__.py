@@ -23,6 +23,7 @@ NAMES = (
     "http_vs_engine",
     "vs_llama_server",
     "vs_transformers_serve",
+    "vs_vllm_serve",
     "api_cpu",
     "start_to_ready",
     "fairness",

@@ -60,7 +60,11 @@ def cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def headrace(
-    *arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 300.0, may_end: bool = False
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
+    may_end: bool = False,
+    python: str = sys.executable,
 ) -> Iterator[Server]:
     """`headrace serve ARGUMENTS` on a free port, with no configuration but this, and no answer twice.
 
@@ -68,7 +72,7 @@ def headrace(
     """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        command = [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port)]
+        command = [python, "-m", "headrace", "serve", *arguments, "--port", str(port)]
         ours = {"HEADRACE_LOG_LEVEL": "warning", "HEADRACE_RESPONSE_CACHE": "off", "HEADRACE_DATA_DIR": f"{folder}/data"}
         clean = clean_environment() | ours | dict(environment or {})
         # An empty folder, so that no .env and no headrace.toml is found.
@@ -115,6 +119,20 @@ def transformers_serve(folder: Path, *, timeout: float = 300.0) -> Iterator[Serv
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as log,
         running("transformers serve", command, port, "/health", environment, Path(log), timeout) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def vllm_serve(folder: Path, *, python: str, kv_bytes: int, timeout: float = 600.0) -> Iterator[Server]:
+    """vLLM's own server over a folder of weights, on a free port, as it comes but for the memory it takes. Raises `ServerFailed`."""
+    port = free_port()
+    words = {"--model": folder, "--host": "127.0.0.1", "--port": port, "--kv-cache-memory-bytes": kv_bytes}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", *(str(word) for pair in words.items() for word in pair)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as log,
+        running("vllm serve", command, port, "/health", environment, Path(log), timeout) as server,
     ):
         yield server
 
