@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import structlog
 
 from headrace.claims import Ask, Claim
@@ -14,16 +17,21 @@ SETTLE_TIMEOUT = 5.0
 """Seconds; nobody waits for it."""
 
 
-def open_limits(url: str, memory: LimitPlace, *, ledger: Ledger | None, processes: int) -> SharedLimits:
-    """`memory` is the place of `memory://`. Raises `ConfigError` where Redis' driver isn't installed, or for a URL that can't be one."""
+def open_limits(url: str, memory: LimitPlace, *, ledger: Ledger | None, processes: int, journals: Path | None = None) -> SharedLimits:
+    """`memory` is the place of `memory://`; `journals` the folder of all journals of this machine.
+
+    Raises `ConfigError` where Redis' driver isn't installed, or for a URL that can't be one.
+    """
     place = memory if url == "memory://" else RedisLimits(url)
-    return SharedLimits(place, spent=nothing_spent if ledger is None else spent_by(ledger), processes=processes)
+    return SharedLimits(place, spent=nothing_spent if ledger is None else spent_by(ledger, journals), processes=processes)
 
 
-def spent_by(ledger: Ledger) -> Spent:
-    """What the ledger has on a subject."""
+def spent_by(ledger: Ledger, journals: Path | None = None) -> Spent:
+    """What the ledger has on a subject. Raises `StoreUnavailable` also while bills wait in a journal for a database that was away."""
 
     async def spent(claim: Claim, since: float) -> int:
+        if journals is not None and await asyncio.to_thread(_bills_wait, journals):
+            raise StoreUnavailable("Not all bills are in the ledger yet, so it isn't known what this caller has spent.", retry_after=1)
         kind, _, name = claim.subject.partition(":")
         if kind == "key":
             return await ledger.used("key", name, since)
@@ -32,6 +40,11 @@ def spent_by(ledger: Ledger) -> Spent:
         return 0
 
     return spent
+
+
+def _bills_wait(journals: Path) -> bool:
+    """Whether a journal of any process, living or dead, holds anything."""
+    return any(journals.glob("[!.]*/*.log"))
 
 
 async def settle_in_redis(url: str, settled: list[Ask]) -> None:
