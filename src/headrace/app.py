@@ -397,7 +397,8 @@ async def _run(beginning: Beginning) -> None:
         several: Sequence[ServedHere | None] = setup.served or [None] * len(setup.models)
         for files, path, here in zip(setup.models, setup.sockets, several, strict=True):
             models[files.name] = _serve_model(files, path, link, books, config, here)
-        limits = open_limits(config.limits.limits_url, SupervisorsLimits(link), ledger=ledger, processes=config.server.max_workers)
+        place, journals = SupervisorsLimits(link), journal_folder(config.store)
+        limits = open_limits(config.limits.limits_url, place, ledger=ledger, processes=config.server.max_workers, journals=journals)
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
         structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)
