@@ -67,13 +67,12 @@ def new_key(server: RunningServer, *flags: str) -> dict[str, Any]:
     [
         ("/chat", {"prompt": "hi"}),
         ("/chat/stream", {"prompt": "hi"}),
+        ("/chat/batch", [{"prompt": "hi"}]),
         ("/v1/completions", {"prompt": "hi"}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
     ],
 )
-def test_a_timeout_that_is_no_time_is_refused_in_the_words_of_the_dialect(
-    server: RunningServer, path: str, body: dict[str, Any], said: str
-) -> None:
+def test_a_timeout_that_is_no_time_is_refused_in_the_words_of_the_dialect(server: RunningServer, path: str, body: Any, said: str) -> None:
     answer = server.client.post(path, json=body, headers={"X-Request-Timeout": said})
     assert answer.status_code == 400
     if path.startswith("/v1"):
@@ -114,6 +113,9 @@ def test_a_deadline_that_cant_be_met_is_refused_at_once_and_a_retry_is_not(serve
         refusal = ask(server, 1, Request_Timeout="0.5")
         assert refusal.status_code == 503
         assert refusal.json()["error"]["code"] == "deadline_unmeetable"
+        # Answers that are kept and shared are made for their first caller's deadline, too.
+        determined = server.client.post("/chat", json={"prompt": "x", "temperature": 0}, headers={"X-Request-Timeout": "0.5"})
+        assert (determined.status_code, determined.json()["code"]) == (503, "deadline_unmeetable")
         began = time.monotonic()
         after = int(refusal.headers["retry-after"])
         eventually(lambda: time.monotonic() - began >= after, what="the time to retry")

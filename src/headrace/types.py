@@ -93,6 +93,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Opaque; fairness is between tenants and the prefix cache is salted with it."""
     timeout: float | None = None
     """Seconds from receipt until the request is ended with `DeadlineExceeded`."""
+    wanted_within: float | None = None
+    """Instead of `timeout`, for a request that others may share: seconds within which whoever came first wants all of it. It decides
+    whether the request is let in, and ends nothing."""
     messages: tuple[Message, ...] = ()
     """Only for engines with the capability `messages`, which template by themselves."""
     text: str | None = None

@@ -94,7 +94,8 @@ class Newcomer(msgspec.Struct, frozen=True):
     def of(cls, request: GenerateRequest) -> Newcomer:
         sampling = request.sampling
         certain = sampling.max_tokens if sampling.ignore_eos else min(sampling.min_tokens, sampling.max_tokens)
-        return cls(request.tenant, request.priority, len(request.prompt), sampling.n, max(0, certain - 1), request.timeout)
+        timeout = request.wanted_within if request.timeout is None else request.timeout
+        return cls(request.tenant, request.priority, len(request.prompt), sampling.n, max(0, certain - 1), timeout)
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -82,7 +82,7 @@ def test_every_field_of_the_sampling_counts(data: st.DataObject, request: Genera
 
 def test_all_fields_of_a_request_are_thought_of() -> None:
     """Whoever adds one decides whether it counts, and adds it to the strategies above."""
-    how = {"id", "timeout", "priority", "rank", "waited", "resume"}
+    how = {"id", "timeout", "wanted_within", "priority", "rank", "waited", "resume"}
     assert set(GenerateRequest.__struct_fields__) == how | {"prompt", "sampling", "tenant", "messages", "text"}
     assert len(Sampling.__struct_fields__) == 17
 

@@ -10,7 +10,7 @@ from answers_in_memory import ToldEngine, greedy, told_journey, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.errors import DeadlineExceeded, RateLimited, RequestFailed
+from headrace.errors import DeadlineExceeded, DeadlineUnmeetable, RateLimited, RequestFailed
 from headrace.journey import Journey
 from headrace.types import Call, Delta, Event
 
@@ -153,14 +153,40 @@ async def test_each_has_its_own_deadline_and_the_next_takes_over() -> None:
     journey, engine, _, _ = told_journey()
     hasty = await join(journey, engine, greedy(1, timeout=0.05))
     patient = await join(journey, engine, greedy(2))
-    assert engine.requests[0].timeout is None
-    with pytest.raises(DeadlineExceeded):
+    assert (engine.requests[0].timeout, engine.requests[0].wanted_within) == (None, 0.05)
+    with pytest.raises(DeadlineExceeded, match=r"waiting for its first token: 0\.\d\d s in the queue and in prefill"):
         await hasty.task
     assert engine.closed == 0
     engine.say(0, "a", finish="stop")
     engine.end(5, 1)
     await patient.task
     assert (hasty.call.outcome.own_completion_tokens, patient.call.outcome.own_completion_tokens) == (0, 1)
+
+
+async def test_a_deadline_that_passes_amid_the_answer_says_where_the_time_went() -> None:
+    journey, engine, _, _ = told_journey()
+    reader = await join(journey, engine, greedy(1, timeout=0.2))
+    engine.say(0, "a")
+    with pytest.raises(DeadlineExceeded, match=r"decoding: .* in prefill, 0\.\d\d s decoding \(1 tokens generated\)"):
+        await reader.task
+    assert reader.text == "a"
+
+
+async def test_a_deadline_that_cant_be_met_refuses_only_its_own_request() -> None:
+    journey, engine, _, cache = told_journey()
+    hasty = await join(journey, engine, greedy(1, timeout=5.0))
+    patient = await join(journey, engine, greedy(2))
+    assert len(engine.requests) == 1
+    engine.fail(DeadlineUnmeetable("not within 5 s"))
+    with pytest.raises(DeadlineUnmeetable):
+        await hasty.task
+    await until(lambda: len(engine.requests) == 2)
+    engine.say(0, "a", finish="stop")
+    engine.end(5, 1)
+    await patient.task
+    assert patient.text == "a"
+    assert (patient.call.outcome.served_from, patient.call.outcome.billed_completion_tokens) == ("engine", 1)
+    assert cache.under_way == 0
 
 
 async def test_who_is_refused_further_on_neither_pays_nor_harms_the_others() -> None:

@@ -68,6 +68,7 @@ class NativeChat:
         if len(questions) > most:
             message = f"List should have at most {most} items, not {len(questions)} (max_batch)"
             raise InvalidBody([Fault((), message, "too_long")])
+        self._serving.wishes(exchange)
         async with Watch(request.receive):
             results = await together([self._item(exchange, number, question) for number, question in enumerate(questions)])
         return json_answer({"results": results}, headers=timing_headers(exchange.calls))

@@ -14,7 +14,7 @@ from headrace.http.wishes import PRIORITY_HEADER, priority_of, timeout_of
 from headrace.policies.authorize import find_for
 from headrace.policies.identify import introduce
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Event, Message, Sampling
+from headrace.types import Call, Event, Message, Priority, Sampling
 
 
 class Control(Protocol):
@@ -77,6 +77,15 @@ class Serving:
     journey: Runs
     control: Control
 
+    def wishes(self, exchange: Exchange) -> tuple[float | None, Priority]:
+        """Seconds that each call of this exchange may take, and how important they are.
+
+        Raises as `call`: what is wrong with the whole request refuses all of its parts.
+        """
+        if self.control.refusing:
+            raise Overloaded("The server is shutting down.", retry_after=5)
+        return timeout_of(exchange.timeout), priority_of(exchange.priority)
+
     def call(
         self,
         exchange: Exchange,
@@ -94,8 +103,7 @@ class Serving:
 
         Raises `InvalidParameter` for headers that wish for what isn't there, and `Overloaded` once a server that stops refuses calls.
         """
-        if self.control.refusing:
-            raise Overloaded("The server is shutting down.", retry_after=5)
+        timeout, priority = self.wishes(exchange)
         part = len(exchange.calls)
         made = Call(
             id=exchange.id if part == 0 else f"{exchange.id}-{part}",
@@ -111,8 +119,8 @@ class Serving:
             token=exchange.token,
             address=exchange.address,
             key_required=key_required,
-            timeout=timeout_of(exchange.timeout),
-            priority=priority_of(exchange.priority),
+            timeout=timeout,
+            priority=priority,
             started_at=exchange.started_at,
         )
         if exchange.caller is not None:

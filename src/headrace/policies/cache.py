@@ -144,8 +144,10 @@ class ResponseCache:
     def _join(self, call: Call, flight: Flight) -> None:
         assert call.request is not None
         timeout, sampling, model = call.request.timeout, call.request.sampling, call.served_model
-        # The generation may outlive this call: each listener sees to its own deadline.
-        call.request = msgspec.structs.replace(call.request, timeout=None)
+        # The generation may outlive this call, so each listener sees to its own deadline; whether that can be met is asked for whoever
+        # begins it.
+        begins = flight.generation is None or not flight.generation.usable
+        call.request = msgspec.structs.replace(call.request, timeout=None, wanted_within=timeout if begins else None)
 
         def share(source: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
             call.outcome.cached_price = self._price

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
-from headrace.errors import DeadlineExceeded
+from headrace.errors import DeadlineExceeded, DeadlineUnmeetable
 from headrace.policies.stored_answer import StoredAnswer
 from headrace.types import Call, Delta, Event, Report
 
@@ -47,18 +48,16 @@ class Generation:
         """Whether newcomers can join."""
         return self.error is None
 
-    def listen(self, call: Call, timeout: float | None) -> Listener:
-        """A listener more, who gets all from the beginning; `timeout` in seconds from now. The first one pays."""
-        outcome = call.outcome
+    def take_in(self, listener: Listener) -> None:
+        """A listener more, who gets all from the beginning. The first one pays."""
+        outcome = listener.call.outcome
         outcome.own_prompt_tokens = outcome.own_completion_tokens = 0
         outcome.engine_request = self.first.id
         outcome.served_from = "shared"
-        listener = Listener(self, call, timeout)
         self.listeners.append(listener)
         if self.payer is None and not self.over:
             outcome.served_from = "engine"
             self._charge(listener)
-        return listener
 
     def leave(self, listener: Listener) -> asyncio.Task[None] | None:
         """Idempotent. The task, if it was cancelled because this was the last listener."""
@@ -129,10 +128,15 @@ class Listener:
     Raises the generation's error, and `DeadlineExceeded` at the call's own deadline.
     """
 
-    __slots__ = ("_late", "_timeout", "_timer", "_waiter", "at", "call", "generation")
+    __slots__ = ("_began_at", "_first_at", "_flight", "_late", "_source", "_timeout", "_timer", "_waiter", "at", "call", "generation")
 
-    def __init__(self, generation: Generation, call: Call, timeout: float | None) -> None:
-        self.generation = generation
+    def __init__(self, flight: Flight, call: Call, source: AsyncIterator[list[Event]], timeout: float | None) -> None:
+        self._flight = flight
+        self._source = source
+        """What the call would be answered from by itself."""
+        self._began_at = time.monotonic()
+        self._first_at = 0.0
+        """When it was given something first; 0 until then."""
         self.call = call
         self.at = 0
         """Batches that it was given."""
@@ -140,6 +144,7 @@ class Listener:
         self._waiter: asyncio.Future[None] | None = None
         self._late = False
         self._timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, self._deadline)
+        self.generation = flight.joined(self, source)
 
     def __aiter__(self) -> Listener:
         return self
@@ -152,14 +157,20 @@ class Listener:
                     self._as_the_first_was_served(generation.first)
                 new = generation.batches[self.at : self.at + AT_ONCE]
                 self.at += len(new)
+                self._first_at = self._first_at or time.monotonic()
                 generation.room.set()
                 return self._told(new)
             if generation.over:
+                if isinstance(generation.error, DeadlineUnmeetable) and generation.first is not self.call and not self.at:
+                    # Another's deadline, which was the reason to refuse it: ours may well be met.
+                    generation.leave(self)
+                    generation = self.generation = self._flight.joined(self, self._source)
+                    continue
                 if generation.error is not None:
                     raise generation.error
                 raise StopAsyncIteration
             if self._late:
-                raise DeadlineExceeded(f"The request took longer than its {self._timeout:g} s.")
+                raise self._deadline_exceeded()
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
@@ -180,6 +191,16 @@ class Listener:
     def _deadline(self) -> None:
         self._late = True
         self.wake()
+
+    def _deadline_exceeded(self) -> DeadlineExceeded:
+        """In the words of an engine, which alone knows what it did before its first token."""
+        now, limit = time.monotonic(), f"The request ran into its time limit of {self._timeout:g} s while it was"
+        first = (self._first_at or now) - self._began_at
+        if not self._first_at:
+            return DeadlineExceeded(f"{limit} waiting for its first token: {first:.2f} s in the queue and in prefill.")
+        tokens = self.call.outcome.completion_tokens
+        spent = f"{first:.2f} s in the queue and in prefill, {now - self._first_at:.2f} s decoding ({tokens} tokens generated)"
+        return DeadlineExceeded(f"{limit} decoding: {spent}.")
 
     def _as_the_first_was_served(self, first: Call) -> None:
         """Which model answers, and why, is only certain once it does. Limits and the like are the other caller's own."""
@@ -213,10 +234,16 @@ class Flight:
         self.generation: Generation | None = None
 
     def listen(self, call: Call, source: AsyncIterator[list[Event]], timeout: float | None) -> Listener:
-        """Join the generation, or begin one with `source` if there is none, or it failed, or all have left it."""
+        """Join the generation, or begin one with `source` if there is none, or it failed, or all have left it; `timeout` in seconds from
+        now."""
+        return Listener(self, call, source, timeout)
+
+    def joined(self, listener: Listener, source: AsyncIterator[list[Event]]) -> Generation:
+        """The generation that the listener is now one of, begun with `source` where there was none to join."""
         if self.generation is None or not self.generation.usable:
-            self.generation = Generation(call, source)
-        return self.generation.listen(call, timeout)
+            self.generation = Generation(listener.call, source)
+        self.generation.take_in(listener)
+        return self.generation
 
 
 @contextlib.asynccontextmanager
