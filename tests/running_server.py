@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
+from headrace.policies.operator_pass import operator_pass
+
 T = TypeVar("T")
 
 
@@ -51,9 +53,26 @@ class RunningServer:
 
     def __enter__(self) -> Self:
         self.start()
-        self.url = eventually(self._ready_url, what="readiness")
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        try:
+            self.url = eventually(self._ready_url, within=90, what="readiness")
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False, event_hooks={"request": [self._show_pass]})
         return self
+
+    def operator(self) -> dict[str, str]:
+        """The headers of the operator's own commands."""
+        pepper = (Path(self.environment["HEADRACE_DATA_DIR"]) / "pepper").read_bytes()
+        return {"Authorization": f"Bearer {operator_pass(pepper, time.time())}"}
+
+    def _show_pass(self, request: httpx.Request) -> None:
+        if (
+            request.url.path.startswith(("/admin/cache", "/admin/models", "/admin/reload", "/admin/usage"))
+            and "authorization" not in request.headers
+        ):
+            request.headers.update(self.operator())
 
     def start(self) -> None:
         with self._log.open("wb") as log:

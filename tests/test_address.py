@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.address import auth_at, bind, listen_privately, private_folder, url_of
+from headrace.address import auth_at, bind, data_dir_at, leave_word, listen_privately, private_folder, url_of
 from headrace.config import AccessSection, ServerSection
 from headrace.errors import ConfigError
 
@@ -92,3 +93,16 @@ def test_whether_callers_need_keys(host: str, access: dict[str, Any], mode: str)
 def test_an_open_server_beyond_loopback_has_to_be_meant(access: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="insecure-no-auth"):
         bind(ServerSection(host="0.0.0.0", port=0), AccessSection(**access))
+
+
+def test_commands_find_whose_state_the_server_at_a_port_has(tmp_path: Path) -> None:
+    port = 100_000 + os.getpid()  # no server's
+    folder = private_folder()
+    try:
+        assert data_dir_at(port) is None
+        leave_word(folder, port, tmp_path / "state")
+        assert data_dir_at(port) == tmp_path / "state"
+        assert data_dir_at(port * 10) is None
+    finally:
+        shutil.rmtree(folder)
+    assert data_dir_at(port) is None

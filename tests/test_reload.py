@@ -151,7 +151,7 @@ def test_a_reload_under_load_drops_nothing_and_is_in_force_everywhere(tmp_path: 
             assert server.events("configuration reloaded")[0]["changed"] == ["max_batch"]
             assert batches_of_three(server.url, workers) == {200}
             (tmp_path / "headrace.toml").write_text("max_batch = 4\n")
-            answer = httpx.post(f"{server.url}/admin/reload", timeout=30)
+            answer = httpx.post(f"{server.url}/admin/reload", headers=server.operator(), timeout=30)
             assert (answer.status_code, answer.json()["changed"]) == (200, ["max_batch"])
             load.more(30)
             load.stop()
@@ -189,7 +189,7 @@ def test_a_bad_configuration_is_refused_whole(quick: RunningServer, written: str
     file = Path(quick.environment["HEADRACE_CONFIG"])
     apis = [line["pid"] for line in quick.ps()["api"]]
     file.write_text(written)
-    answer = httpx.post(f"{quick.url}/admin/reload", timeout=30)
+    answer = httpx.post(f"{quick.url}/admin/reload", headers=quick.operator(), timeout=30)
     assert answer.status_code == 422
     assert said in answer.text
     refused = len(quick.events("configuration refused"))
@@ -243,5 +243,5 @@ def test_a_reload_lets_long_streams_go_on(tmp_path: Path) -> None:
         pieces = running.iter_raw()
         next(pieces)
         # It waits for no stream, and ends none, whatever time a stop would give it.
-        assert httpx.post(f"{server.url}/admin/reload", timeout=60).status_code == 200
+        assert httpx.post(f"{server.url}/admin/reload", headers=server.operator(), timeout=60).status_code == 200
         assert b"event: done" in b"".join(pieces)

@@ -19,6 +19,8 @@ from headrace.errors import ConfigError
 
 ENGINE_SOCKET = "engine"
 """Name of the engine's socket in a server's private folder."""
+WHEREABOUTS = "whereabouts"
+"""Name of the file there that says at which port the server is, and where its state is kept."""
 _PREFIX = "headrace-"
 _SO_ATTACH_FILTER = 26
 _LONGEST_PATH = 100
@@ -93,12 +95,33 @@ def url_of(bound: socket.socket, *, tls: bool = False) -> str:
 
 def private_folder() -> Path:
     """A new folder that only this user can enter, with a path short enough for unix sockets in it."""
-    wanted = os.environ.get("XDG_RUNTIME_DIR", "")
-    for base in (wanted, tempfile.gettempdir(), "/tmp"):  # noqa: S108  (mkdtemp makes it private)
-        if base and len(os.fsencode(base)) + 40 <= _LONGEST_PATH and os.access(base, os.W_OK | os.X_OK):
+    for base in _bases():
+        if len(os.fsencode(base)) + 40 <= _LONGEST_PATH and os.access(base, os.W_OK | os.X_OK):
             _sweep(Path(base))
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     raise ConfigError("There is no writable folder for the server's sockets; set TMPDIR to one with a short path.")
+
+
+def _bases() -> list[str]:
+    places = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108  (mkdtemp makes it private)
+    return [base for base in dict.fromkeys(places) if base]
+
+
+def leave_word(folder: Path, port: int, data_dir: Path) -> None:
+    """For this user's own commands, in the server's private folder: whose state the server at that port has."""
+    (folder / WHEREABOUTS).write_text(f"{port}\n{data_dir.expanduser().absolute()}", encoding="utf-8", errors="surrogateescape")
+
+
+def data_dir_at(port: int) -> Path | None:
+    """Where this user's server at that port keeps its state, if one is there."""
+    for base in _bases():
+        for path in Path(base).glob(f"{_PREFIX}*/{WHEREABOUTS}"):
+            with contextlib.suppress(OSError):
+                if path.parent.stat().st_uid == os.getuid():
+                    said, _, data_dir = path.read_text(encoding="utf-8", errors="surrogateescape").partition("\n")
+                    if said == str(port):
+                        return Path(data_dir)
+    return None
 
 
 def _sweep(base: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from headrace import __version__, logs, quarantine
-from headrace.address import auth_at, bind, cannot_bind, let_nobody_in, private_folder, url_of
+from headrace.address import auth_at, bind, cannot_bind, leave_word, let_nobody_in, private_folder, url_of
 from headrace.alerts import Alerts
 from headrace.api_processes import ApiProcesses
 from headrace.children import Child, listing, memory_mib
@@ -121,6 +121,7 @@ def serve(config: Config, reread: Callable[[], Config] | None = None) -> int:
             signal.signal(signal.SIGTERM, before)
         folder = private_folder()
         try:
+            leave_word(folder, bound.getsockname()[1], config.store.data_dir)
             return asyncio.run(Supervisor(config, members, bound, folder, started_at, tls=tls, read=read, reread=reread).run())
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -53,8 +53,9 @@ async def test_what_always_needs_a_key() -> None:
     async with client(opened.stand) as http:
         assert (await http.post("/chat", json={"prompt": "hi"})).status_code == 200
         assert (await http.post("/chat/secure", json={"prompt": "hi"})).status_code == 401
-        for path in ("/admin/keys", "/admin/tenants", "/admin/audit"):
-            assert (await http.get(path)).status_code == 401
+        for path in ("/admin/keys", "/admin/tenants", "/admin/audit", "/admin/usage", "/admin/cache", "/admin/errors", "/admin/models"):
+            assert (await http.get(path)).status_code == 401, path
+        assert (await http.post("/admin/reload")).status_code == 401
         assert (await http.get("/admin/ps")).status_code == 200
 
 

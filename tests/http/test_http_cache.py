@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from strict_sse import parse
 from headrace.config import AccessSection, CacheSection, Config
 from headrace.http.api import create_api
 from headrace.journey import Journey
+from headrace.policies.callers import Callers
+from headrace.policies.key_desk import KeyDesk
+from headrace.policies.operator_pass import operator_pass
 from headrace.served import ServedModels
 from headrace.stores.cache_open import open_cache
+from headrace.stores.memory_keys import MemoryKeys
 from headrace.types import Delta, Event, GenerateRequest, Report, TokenLogprob
 from real_servers import RedisServer
 from running_server import RunningServer, eventually
@@ -53,11 +58,14 @@ def cached_stand(engine: Any = None, *, keys: bool = False, **cache: Any) -> Sta
     access = AccessSection(api_keys=(KEY, KEY + "-2") if keys else ())  # type: ignore[arg-type]
     config = Config(access=access, cache=CacheSection(cache_url="memory://", **cache))
     models = ServedModels([made.served])
-    levels = open_cache(config)
-    made.app = create_api(config, models, Journey.standard(config, models, answers=levels), control=made.control, cache=levels)
+    levels, keys_at_hand = open_cache(config), MemoryKeys()
+    journey = Journey.standard(config, models, answers=levels)
+    callers, desk = Callers(config.access, keys_at_hand, PEPPER), KeyDesk(keys_at_hand, keys_at_hand, PEPPER)
+    made.app = create_api(config, models, journey, control=made.control, cache=levels, callers=callers, desk=desk)
     return made
 
 
+PEPPER = b"p" * 32
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
@@ -163,23 +171,31 @@ async def test_keys_and_addresses_are_tenants_apart() -> None:
 
 async def test_purges_and_figures() -> None:
     made = cached_stand()
+    operator = {"Authorization": f"Bearer {operator_pass(PEPPER, time.time())}"}
     async with client(made) as http:
         await http.post("/v1/chat/completions", json=CHAT)
-        figures = (await http.get("/admin/cache")).json()
+        figures = (await http.get("/admin/cache", headers=operator)).json()
         assert figures["levels"]["memory"]["entries"] == 1
         for query, purged in (("model=house&tenant=nobody", 0), ("model=house&tenant=anonymous", 1), ("", 0)):
-            assert (await http.delete(f"/admin/cache?{query}")).json() == {"purged": purged}
+            assert (await http.delete(f"/admin/cache?{query}", headers=operator)).json() == {"purged": purged}
         assert (await http.post("/v1/chat/completions", json=CHAT)).headers["x-headrace-cache"] == "miss"
-        assert (await http.delete("/admin/cache?tenant=")).status_code == 400
-        assert (await http.delete("/admin/cache?user=x")).status_code == 400
+        assert (await http.delete("/admin/cache?tenant=", headers=operator)).status_code == 400
+        assert (await http.delete("/admin/cache?user=x", headers=operator)).status_code == 400
         assert (await http.post("/v1/chat/completions", json=CHAT)).headers["x-headrace-cache"] == "hit"
         counted = (await http.get("/metrics")).text
         assert 'headrace_response_cache_total{model="house",result="memory"} 1.0' in counted
         assert 'headrace_response_cache_total{model="house",result="miss"} 2.0' in counted
         assert 'headrace_completion_tokens_total{model="house"} 80.0' in counted
+        assert (await http.get("/admin/cache")).status_code == 401
+        late = {"Authorization": f"Bearer {operator_pass(PEPPER, time.time() - 90)}"}
+        assert (await http.get("/admin/cache", headers=late)).status_code == 401
+        proxied = await http.get("/admin/cache", headers=operator | {"X-Forwarded-For": "192.0.2.7"})
+        assert proxied.status_code == 401
+        others = {"Authorization": f"Bearer {operator_pass(b'q' * 32, time.time())}"}
+        assert (await http.get("/admin/cache", headers=others)).status_code == 401
     async with client(made, "192.0.2.7") as http:
-        assert (await http.delete("/admin/cache")).status_code in (401, 403)
-        assert (await http.get("/admin/cache")).status_code in (401, 403)
+        assert (await http.delete("/admin/cache", headers=operator)).status_code == 401
+        assert (await http.get("/admin/cache")).status_code == 401
 
 
 class Held(Numbered):

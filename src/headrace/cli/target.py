@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
@@ -27,6 +29,8 @@ class Target:
     key: str | None = None
     own_certificate: Path | None = None
     """Of the configured server on this machine; nothing else is trusted in its place."""
+    data_dir: Path | None = None
+    """Of the server on this machine, unless a key was given. Who can read the pepper in it needs none to administer."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -52,7 +56,26 @@ class Target:
         from headrace.tls import trust_own
 
         verify = trust_own(self.own_certificate) if self.own_certificate is not None else True
-        return httpx.Client(verify=verify, headers=self.headers, timeout=httpx.Timeout(timeout, connect=10), trust_env=not self.is_local)
+        return httpx.Client(
+            verify=verify,
+            headers=self.headers,
+            timeout=httpx.Timeout(timeout, connect=10),
+            trust_env=not self.is_local,
+            event_hooks={"request": [self._show_pass]},
+        )
+
+    def _show_pass(self, request: httpx.Request) -> None:
+        """To this machine's server as its operator. Keys of the configuration administer nothing."""
+        from headrace.policies.operator_pass import operator_pass
+
+        if self.data_dir is None or not self.is_local or "/admin/" not in request.url.path:
+            return
+        from headrace.address import data_dir_at
+
+        port = request.url.port or (443 if request.url.scheme == "https" else 80)
+        data_dir = data_dir_at(port) or self.data_dir.expanduser()
+        with contextlib.suppress(OSError):  # another user's: it takes a key, as the server will say
+            request.headers["authorization"] = f"Bearer {operator_pass((data_dir / 'pepper').read_bytes(), time.time())}"
 
 
 def target(url: str | None, key: str | None, config: Path | None = None) -> Target:
@@ -60,16 +83,31 @@ def target(url: str | None, key: str | None, config: Path | None = None) -> Targ
 
     The configured key goes to the configured server only, never to a URL that somebody gave. Raises `ConfigError`.
     """
-    if url is not None:
-        root = url if "://" in url else f"http://{url}"
-        return Target(root.rstrip("/").removesuffix("/v1"), key)
     from headrace.cli.sources import load
 
+    if url is not None:
+        root = url if "://" in url else f"http://{url}"
+        named = Target(root.rstrip("/").removesuffix("/v1"), key)
+        return replace(named, data_dir=_data_dir(config)) if named.is_local and key is None else named
     loaded = load(file=config).config
     if loaded.server.port == 0:
         raise ConfigError("The configured port is 0, any free one; say with --url where the server is.")
     keys = loaded.access.api_keys
-    return Target(local_root(loaded), key or (keys[0].get_secret_value() if keys else None), loaded.tls.tls_cert)
+    return Target(
+        local_root(loaded),
+        key or (keys[0].get_secret_value() if keys else None),
+        loaded.tls.tls_cert,
+        loaded.store.data_dir if key is None else None,
+    )
+
+
+def _data_dir(config: Path | None) -> Path:
+    from headrace.cli.sources import load
+    from headrace.config import StoreSection
+
+    with contextlib.suppress(ConfigError):  # a server that is named needs nothing configured here
+        return load(file=config).config.store.data_dir
+    return StoreSection().data_dir
 
 
 def local_root(config: Config) -> str:

@@ -25,13 +25,16 @@ class Gate:
     also: Scope | None = None
     """Another scope that will do."""
     local: bool = False
-    """Where keys are optional, callers on this machine need none, unless they came through a proxy."""
+    """Commands of the operator, on this machine and not through a proxy, need none: they have read the pepper."""
+    shown: bool = False
+    """With `local`, and where keys are optional: nobody on this machine needs one."""
 
     async def admit(self, exchange: Exchange, scope: AsgiScope) -> None:
         """Sets `exchange.caller`. Raises as `Callers.admit`."""
-        if self.local and not self.callers.key_required and not exchange.forwarded:
+        if self.local and not exchange.forwarded:
             client: Any = scope.get("client")
-            if client and is_loopback(client[0]):
+            known = (self.shown and not self.callers.key_required) or self.callers.is_operator(exchange.token)
+            if known and client and is_loopback(client[0]):
                 exchange.caller = anonymous(exchange.address)
                 return
         try:

@@ -12,6 +12,7 @@ from headrace.errors import Forbidden, Unauthorized
 from headrace.policies.bad_keys import BadKeys
 from headrace.policies.key_secret import digest_of, looks_like_secret
 from headrace.policies.known_keys import KnownKeys
+from headrace.policies.operator_pass import is_operator
 from headrace.ports import Keys
 from headrace.types import Caller, KeyRecord, KnownKey, Scope, TenantRecord
 
@@ -74,6 +75,10 @@ class Callers:
         if required or self.key_required:
             raise Unauthorized(self._unknown())
         return anonymous(address)
+
+    def is_operator(self, token: str | None) -> bool:
+        """Whether one of the operator's own commands asks, which has read the pepper."""
+        return is_operator(token, self._pepper, time.time())
 
     def _by_configuration(self, token: str) -> Caller | None:
         if not self._configured:
