@@ -203,13 +203,14 @@ class Kills:
         os.kill(pid, signal.SIGSTOP)
         self._until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the worker to stop")
         ids = [id for id, _ in self._rows("SELECT id, 0 FROM usage WHERE settled_at IS NULL")]
+        counted: dict[str, int] = {}
         for path in (self._folder / "data" / "journal").glob("[!.]*/slots"):
             left = LeftSlots(os.open(path, os.O_RDWR))
             for id in ids:
-                counts = left.counts(id)
-                if counts.completion:
-                    self._snapshots[id] = counts.completion
+                counted[id] = max(counted.get(id, 0), left.counts(id).completion)
             left.close()
+        # Nothing is news, too, of a request that was counted before: an engine has begun it again.
+        self._snapshots |= {id: tokens for id, tokens in counted.items() if tokens or id in self._snapshots}
 
     # What is known
 

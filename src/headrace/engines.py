@@ -313,6 +313,7 @@ class EngineClient:
     def pause(self, told: Callable[[], None]) -> None:
         """Hand no request to the worker from now on: they wait. `told` is called once the worker has nothing of ours any more."""
         self._paused = [*(self._paused or []), told]
+        self._in_use = False
         self._tell_if_empty()
 
     def unpause(self) -> None:
@@ -410,6 +411,10 @@ class EngineClient:
         stream.asked_at = stream.asked_at or now
         if stream.slot is None:
             stream.slot = -1 if self._meters is None else self._meters.begin(request.id)
+        if stream.submissions and self._meters is not None:
+            # Not before: where no engine goes on, the bill is what the last one made.
+            cached = self._meters.restart(request.id, stream.tokens)
+            stream.cached = stream.cached or cached
         try:
             connection.send(Submit(stream.handle, request, stream.slot, stream.suspect, stream.submissions > 0))
         except FrameTooLarge as error:
@@ -730,9 +735,6 @@ class EngineClient:
                 stream.suspect |= last is None or last.took_part(stream.request.id) or stream.fruitless >= MAX_SUBMISSIONS
             if stream.got_on and not stream.model:
                 stream.model = self._card.fingerprint
-            if self._meters is not None:
-                cached = self._meters.restart(stream.request.id, stream.tokens)
-                stream.cached = stream.cached or cached
             self._waiting[stream.handle] = stream
 
     def _complete(self, stream: _Stream) -> None:
