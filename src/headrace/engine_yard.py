@@ -46,6 +46,8 @@ END_TIMEOUT = 3.0
 """Seconds that a worker gets to free everything."""
 GENTLE_TIMEOUT = 2.0
 """Seconds in which API processes say whether a model is idle; one that doesn't say so needs it."""
+PATIENCE = 5.0
+"""Seconds in which others may come to rest and make room for a model that an administrator wants."""
 AT_THE_START = "the start"
 """Who uses the default model until it was ready for the first time."""
 
@@ -311,6 +313,7 @@ class EngineYard:
         """Have a model loaded, and kept until `let_go`. Raises `ModelRefused` where it can't be."""
         residence, stall = self.residences[name], self.stables[name]
         residence.failure = ""
+        patience = time.monotonic() + PATIENCE
         self.stables.keep(name)
         try:
             while stall.state != "ready" or stall.leaving:
@@ -318,9 +321,11 @@ class EngineYard:
                 self._follow_orders()
                 if residence.failure:
                     raise ModelRefused(f"{name} can't be loaded: {residence.failure}")
-                if stall.state == "absent" and stall.needs is not None and not any(each.state == "draining" for each in self.stables):
+                stuck = stall.state == "absent" and stall.needs is not None and not any(each.state == "draining" for each in self.stables)
+                if stuck and time.monotonic() >= patience:
                     raise ModelRefused(f"{name} can't be loaded now: {self.stables.why_not(name)}.")
-                await stirred.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stirred.wait(), max(0.001, patience - time.monotonic()) if stuck else None)
         except BaseException:
             self.let_go(name)
             raise

@@ -167,9 +167,11 @@ class Stables:
         stall.state, stall.refused, stall.turn, stall.retry_at = "absent", True, 0, now + RETRY
 
     def gone(self, name: str) -> None:
+        """It is out of memory. Who has requests that wait for it asks again."""
         stall = self._stalls[name]
         assert stall.state == "draining"
         stall.state, stall.leaving = "absent", False
+        stall.users.clear()
 
     def spared(self, name: str, now: float) -> None:
         """It was in use after all."""
