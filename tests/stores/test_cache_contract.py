@@ -138,6 +138,26 @@ async def test_many_at_once(made: Made) -> None:
 # What only some of them promise
 
 
+async def test_no_tenant_pushes_out_what_others_have_in_memory() -> None:
+    cache = MemoryCache(100_000)
+    for number in range(50):
+        await cache.put(b"loud %d" % number, bytes(1500), CacheTags("loud", "m"), 60)
+    for number in range(10):
+        await cache.put(b"quiet %d" % number, bytes(1500), CacheTags("quiet", "m"), 60)
+    for number in range(50, 200):
+        await cache.put(b"loud %d" % number, bytes(1500), CacheTags("loud", "m"), 60)
+    assert all([await cache.get(b"quiet %d" % number) for number in range(10)])
+    assert await cache.get(b"loud 199")
+    assert (await cache.size()).bytes <= 100_000
+    # What is free is anybody's: the loud one has the rest.
+    assert sum([await cache.get(b"loud %d" % number) is not None for number in range(200)]) > 30
+    for number in range(10, 40):
+        await cache.put(b"quiet %d" % number, bytes(1500), CacheTags("quiet", "m"), 60)
+    assert sum([await cache.get(b"quiet %d" % number) is not None for number in range(40)]) >= 24
+    assert await cache.purge(tenant="loud") >= 24
+    assert (await cache.size()).entries == sum([await cache.get(b"quiet %d" % number) is not None for number in range(40)])
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_the_least_recently_used_give_way_and_bytes_are_bounded(kind: str, tmp_path: Path) -> None:
     clock = Clock(1_800_000_000.0)
