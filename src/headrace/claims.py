@@ -84,6 +84,10 @@ class Extend(msgspec.Struct, frozen=True, array_like=True, tag=2):
     life: str = ""
 
 
+RECOVERED = "recovered"
+"""For `Settle.life`: of a process that died, so that it isn't known whether the place ever had the lease."""
+
+
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The request is over and used so many tokens. Unknown ids are ignored, so that it can be said twice; but where the place has
     forgotten the lease (`life`), the budgets of `claims` are charged."""

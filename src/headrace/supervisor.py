@@ -26,7 +26,7 @@ from headrace.alerts import Alerts
 from headrace.api_processes import ApiProcesses
 from headrace.children import Child, listing, memory_mib
 from headrace.circuits import CircuitTable
-from headrace.claims import Ask, Settle
+from headrace.claims import Ask
 from headrace.config import Config
 from headrace.control import (
     AskLimits,
@@ -70,7 +70,7 @@ from headrace.stores.error_writer import ErrorWriter
 from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limit_table import LimitTable
-from headrace.stores.limits_open import settle_in_redis
+from headrace.stores.limits_open import settle_in_redis, settlement
 from headrace.stores.opening import prepare_stores
 from headrace.stores.recovery import Recovery
 from headrace.stores.sql_keys import SqlKeys
@@ -411,7 +411,7 @@ class Supervisor:
 
     def _bills_recovered(self, rows: list[UsageRow]) -> None:
         """Now it is known what the requests of a dead process used; until now all that they had leased was taken for used."""
-        settled: list[Ask] = [Settle(row.id, row.prompt_tokens + row.completion_tokens) for row in rows]
+        settled: list[Ask] = [settlement(row) for row in rows]
         url = self._config.limits.limits_url
         if url == "memory://":
             for ask in settled:

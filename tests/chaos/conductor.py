@@ -16,6 +16,7 @@ import httpx
 from chaos.gate import Gate
 from chaos.schedule import Fault
 from chaos.witness import Witness
+from headrace.stalls import is_stopped
 from real_servers import RealServer
 from running_server import RunningServer, alive, eventually
 
@@ -121,8 +122,9 @@ class Conductor:
                 time.sleep(fault.lasts)
                 os.kill(pid, signal.SIGCONT)
             elif fault.target == "worker":
-                # Nobody wakes it; whoever watches has to see.
-                eventually(lambda: not alive(pid), what="the stopped worker's end")
+                # Nobody wakes it, unless it is being slowed down as well; whoever watches has to see.
+                eventually(lambda: not alive(pid) or is_stopped(pid), what="the stop")
+                eventually(lambda: not alive(pid) or not is_stopped(pid), within=WITHIN, what="the stopped worker's end")
         return f"process {pid}"
 
     def _kill(self, fault: Fault) -> str:
@@ -148,7 +150,7 @@ class Conductor:
     def listing(self) -> dict[str, Any]:
         """What the server says of its processes; nothing, where nobody answers in time."""
         try:
-            answer = httpx.get(f"{self._server.url}/admin/ps", timeout=5, trust_env=False)
+            answer = httpx.get(f"{self._server.url}/admin/ps", headers=self._server.operator(), timeout=5, trust_env=False)
             told: dict[str, Any] = answer.raise_for_status().json()
         except httpx.HTTPError:
             return {}

@@ -101,7 +101,7 @@ class Asked:
     @property
     def received(self) -> int:
         """Bytes of text, and so tokens at least."""
-        return sum(len(text.encode()) for text in self.said.values())
+        return sum(len(text.rstrip("\N{REPLACEMENT CHARACTER}").encode()) for text in self.said.values())
 
     def __str__(self) -> str:
         return f"<{self.mark}> {self.kind} with {self.key.name}, {self.id or 'no id'}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from msgspec import structs
 
-from headrace.claims import Claim
+from headrace.claims import Ask, Claim, Settle, Take, Taken
 from headrace.errors import StoreUnavailable
 from headrace.stores.journal import Journal, files
 from headrace.stores.ledger_memory import MemoryLedger
-from headrace.stores.limits_open import spent_by
+from headrace.stores.limits_open import settle_in_redis, settlement, spent_by
+from headrace.stores.limits_redis import RedisLimits
 from headrace.types import UsageRow
 
 pytestmark = pytest.mark.anyio
@@ -32,3 +36,30 @@ async def test_a_budget_isnt_known_while_bills_wait_in_a_journal(tmp_path: Path)
         path.unlink()
     assert files(tmp_path / "writer") == []
     assert await spent(claim, 0) == 7
+
+
+async def test_what_the_dead_used_is_charged_once_unless_they_had_settled_it(redis_url: str) -> None:
+    key = uuid4().hex
+    claim = Claim(f"key:{key}", budget=1000, period="total")
+    place = RedisLimits(redis_url)
+
+    async def spent() -> int:
+        (taken,) = await place.exchange([Take(uuid4().hex, (claim,), 0, 0, 0, 0, (0,))])
+        assert isinstance(taken, Taken)
+        return taken.rooms[0].spent
+
+    def bill(id: str, tokens: int) -> UsageRow:
+        row = UsageRow(id=id, opened_at=time.time(), tenant="acme", model="m", key=key, completion_tokens=tokens)
+        return structs.replace(row, settled_at=time.time() + 1, status="interrupted")
+
+    assert await spent() == 0
+    leased, over, unknown = (uuid4().hex for _ in range(3))
+    await place.exchange([Take(leased, (claim,), 10, 20, 1), Take(over, (claim,), 10, 20, 1), Settle(over, 15)])
+    left: list[Ask] = [settlement(bill(leased, 12)), settlement(bill(over, 15)), settlement(bill(unknown, 100))]
+    for _ in range(2):  # its answer may be lost
+        await settle_in_redis(redis_url, left)
+        assert await spent() == 12 + 15 + 100
+    # A budget that was read from the ledger since then has it.
+    await settle_in_redis(redis_url, [settlement(structs.replace(bill(uuid4().hex, 7), settled_at=time.time() - 60))])
+    assert await spent() == 12 + 15 + 100
+    await place.close()

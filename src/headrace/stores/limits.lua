@@ -8,6 +8,7 @@
 --   PREFIX:r:SUBJECT  zset   running requests by expiry
 --   PREFIX:l:ID       hash   c claims; p prompt; o output; n counted; x periods, once it has lapsed
 --   PREFIX:d:ID       string a charge that has been made
+--   PREFIX:e:ID       string a lease that was settled a little while ago
 local prefix, asks = KEYS[1], cjson.decode(ARGV[1])
 local lease_seconds, lapsed_seconds = tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
@@ -140,22 +141,28 @@ local function spend(s, used, ended)
   elseif now < ended + written then
     s.f = (now < s.ft + written and s.f or 0) + used
     s.ft = ended
+  else
+    return false
   end
+  return true
 end
 
 local function settle(id, used, claims, its_life, ended)
   local key = prefix .. ':l:' .. id
   local l = redis.call('HMGET', key, 'c', 'p', 'o', 'x')
   if not l[1] then
-    if claims and its_life ~= '' and its_life ~= life and redis.call('SET', prefix .. ':d:' .. id, '', 'NX', 'EX', lapsed_seconds) then
+    if claims and its_life ~= '' and its_life ~= life and redis.call('EXISTS', prefix .. ':e:' .. id, prefix .. ':d:' .. id) == 0 then
       for _, s in ipairs(loaded(claims)) do
-        spend(s, used, ended)
-        save(s)
+        if spend(s, used, ended) then
+          save(s)
+          redis.call('SET', prefix .. ':d:' .. id, '', 'EX', lapsed_seconds)
+        end
       end
     end
     return {5, null}
   end
   redis.call('DEL', key)
+  redis.call('SET', prefix .. ':e:' .. id, '', 'EX', 120)
   local all, held, output = loaded(cjson.decode(l[1])), tonumber(l[2]) + tonumber(l[3]), tonumber(l[3])
   local periods = l[4] and cjson.decode(l[4])
   for i, s in ipairs(all) do

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import structlog
 
-from headrace.claims import Ask, Claim
+from headrace.claims import RECOVERED, Ask, Claim, Settle
 from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
 from headrace.stores.limits_redis import RedisLimits
-from headrace.stores.shared_limits import LimitPlace, SharedLimits, Spent, nothing_spent
+from headrace.stores.shared_limits import MOST_AT_ONCE, LimitPlace, SharedLimits, Spent, nothing_spent
+from headrace.types import UsageRow
 
 SETTLE_TIMEOUT = 5.0
 """Seconds; nobody waits for it."""
+SETTLE_WITHIN = 600.0
+WRITTEN = 0.5
+"""Seconds; as in `limits.lua`."""
 
 
 def open_limits(url: str, memory: LimitPlace, *, ledger: Ledger | None, processes: int, journals: Path | None = None) -> SharedLimits:
@@ -47,15 +52,33 @@ def _bills_wait(journals: Path) -> bool:
     return any(journals.glob("[!.]*/*.log"))
 
 
+def settlement(row: UsageRow) -> Settle:
+    """What a request of a process that died really used, for the limits, once its bill is in the ledger."""
+    subjects = [f"key:{row.key}"] if row.key else []
+    claims = (*map(Claim, subjects), Claim(f"tenant:{row.tenant}"))
+    # A budget that was read since then has it; one that hasn't been read yet will have it.
+    ended = 0.0 if row.settled_at is None else row.settled_at - WRITTEN
+    return Settle(row.id, row.prompt_tokens + row.completion_tokens, claims, RECOVERED, ended)
+
+
 async def settle_in_redis(url: str, settled: list[Ask]) -> None:
     """Tell Redis what requests of processes that died really used.
 
-    If it is away, their budgets stay charged with all that they had leased.
+    While it is away it is tried again, for `SETTLE_WITHIN` seconds; until then budgets stay charged with all that they had leased.
     """
     place = RedisLimits(url, timeout=SETTLE_TIMEOUT)
+    gives_up, pause = time.monotonic() + SETTLE_WITHIN, 0.5
     try:
-        await place.exchange(settled)
-    except StoreUnavailable as error:
-        structlog.get_logger("headrace.limits").warning("limits of dead processes stay charged", reason=error.message)
+        while settled:
+            part = settled[:MOST_AT_ONCE]
+            try:
+                await place.exchange(part)
+                settled = settled[len(part) :]
+            except StoreUnavailable as error:
+                if time.monotonic() > gives_up:
+                    structlog.get_logger("headrace.limits").warning("limits of dead processes stay charged", reason=error.message)
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 10.0)
     finally:
         await place.close()
