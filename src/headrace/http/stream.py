@@ -122,8 +122,9 @@ class Streamed(Generic[Given]):
 
     async def _start(self) -> None:
         if not self._started:
-            self._started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            # Not before: a comment's turn may be cancelled while it waits for a connection that takes nothing yet.
+            self._started = True
 
     async def _write(self, piece: bytes) -> None:
         if self._ping is not None:
