@@ -78,6 +78,8 @@ def test_tenants(quick: QuickCli) -> None:
         ("create", "--name", "x", "--expires", "soon"),
         ("create", "--name", "x", "--period", "week"),
         ("create", "--name", "x", "--rpm", "0"),
+        ("create", "--name", "x", "--models", ""),
+        ("create", "--name", "x", "--models", " ,"),
         ("create", "--name", "x", "--expires", "2001-01-01"),
         ("show", "key_nope"),
         ("revoke", "key_nope"),

@@ -50,6 +50,9 @@ def create(
         raise typer.BadParameter(
             f"{', '.join(sorted(unknown)) or 'nothing'} is no scope; there is {', '.join(SCOPES)}", param_hint="--scopes"
         )
+    if models is not None and not _words(models):
+        # An empty variable in somebody's script must not make a key for all of them.
+        raise typer.BadParameter("it names no model; leave it out for all of them", param_hint="--models")
     if priority not in (None, *PRIORITIES):
         raise typer.BadParameter(f"a priority is one of {', '.join(PRIORITIES)}", param_hint="--priority")
     if period not in (None, "day", "month", "total"):
