@@ -183,7 +183,9 @@ class Ordeal:
         for name, key in self._keys.items():
             billed = sum(row.prompt + row.completion for row in ledger if row.key == key.id)
             self.story.append(f"  {name}: {billed} tokens on {sum(row.key == key.id for row in ledger)} bills")
-            if name == "budget" and billed > BUDGET:
+            # A Redis that forgets doesn't know what those hold who run just then.
+            forgets = self._in_redis and any((fault.target, fault.deed) == ("redis", "kill") for fault in self._faults)
+            if name == "budget" and billed > BUDGET * (1.25 if forgets else 1):
                 yield f"the budget of {BUDGET} tokens was passed: {billed} are on the bill"
             if name in ("ample", "budget"):
                 yield from self._budget_is_the_ledgers(key, billed)
