@@ -38,6 +38,9 @@ NAMES = (
     "engine_pause",
     "overload",
     "sigterm",
+    "two_models",
+    "upgrade_under_load",
+    "model_churn",
 )
 
 

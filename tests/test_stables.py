@@ -183,6 +183,10 @@ class Histories(RuleBasedStateMachine):
         elif isinstance(order, Unload):
             if well or not order.gentle:
                 self.stables.gone(order.name)
+                # Who waits for it asks again.
+                for name, user in self.users:
+                    if name == order.name:
+                        self.stables.ask(name, user, self.now)
             else:
                 self.stables.spared(order.name, self.now)
 
@@ -196,7 +200,8 @@ class Histories(RuleBasedStateMachine):
         for name, user in self.users:
             self.stables.leave(name, user, self.now)
         self.now += 1000
-        self.stables.ask("d", "last", self.now)
+        self.users = {("d", 9)}
+        self.stables.ask("d", 9, self.now)
         self.follow()
         for _ in range(100):
             if not self.pending:
