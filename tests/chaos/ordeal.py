@@ -78,6 +78,9 @@ class Ordeal:
                 self.findings += invariants.ends_are_right(load.asked, conductor.api_deaths)
                 self.findings += invariants.texts_are_whole(load.asked)
                 self._calm_again(conductor)
+                # A budget that was forgotten is read from the ledger when somebody wants something of it.
+                for name in ("ample", "budget"):
+                    self._ask(self._keys[name], "once more")
                 ledger = self._settled()
                 self.findings += invariants.ledger_equals_engine(load.asked, self._witness.account(), ledger)
                 self.findings += self._limits_are_right(ledger)
