@@ -228,7 +228,8 @@ def test_a_version_goes_live_under_load_and_bad_ones_go_back_by_themselves(tmp_p
 def test_streams_of_a_replica_that_dies_go_on_at_another(tmp_path: Path) -> None:
     text = "abcdefgh" * 8
     with Fleet(tmp_path, '[models.m]\nmodel = "echo?pace=0.03"\nreplicas = 2\n') as server:
-        workers = eventually(lambda: len(ready := [w for w in server.ps()["workers"] if w["state"] == "ready"]) == 2 and ready)
+        eventually(lambda: [worker["state"] for worker in server.ps()["workers"]] == ["ready", "ready"])
+        workers = server.ps()["workers"]
         with ThreadPoolExecutor(6) as aside:
             answers = [aside.submit(server.said, "m", text) for _ in range(6)]
             # Both have some of them.
@@ -237,6 +238,22 @@ def test_streams_of_a_replica_that_dies_go_on_at_another(tmp_path: Path) -> None
             assert [answer.result() for answer in answers] == [text] * 6
         assert server.events("engine lost")[0]["requests"] >= 1
         assert server.states() == {"m@1": "ready"}
+
+
+def test_a_reload_brings_a_new_version_and_changes_none(tmp_path: Path) -> None:
+    before = '[models.chat]\nmodel = "echo?says=one"\ngolden = []\n'
+    after = before + '[models."chat@2"]\nmodel = "echo?says=two"\n'
+    with Fleet(tmp_path, before) as server:
+        (tmp_path / "headrace.toml").write_text(after.replace("one", "another"))
+        refused = server.client.post("/admin/reload")
+        assert refused.status_code == 422
+        assert "another version" in refused.text
+        assert server.ask("chat@2").status_code == 404
+        (tmp_path / "headrace.toml").write_text(after)
+        assert server.client.post("/admin/reload").json()["changed"] == ["models"]
+        assert httpx.post(f"{server.url}/admin/models/chat@2/promote", params={"watch": 0}, headers=server.operator()).status_code == 200
+        said = httpx.post(f"{server.url}/chat", json={"prompt": "x", "model": "chat"}).json()
+        assert (said["response"], said["model"]) == ("two", "chat@2")
 
 
 @pytest.mark.parametrize(

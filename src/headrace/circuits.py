@@ -31,6 +31,13 @@ class CircuitTable:
         """How all of them are, for a process that has just begun."""
         return [self._said(model) for model in self._breakers]
 
+    def add(self, model: str, rules: BreakerRules) -> None:
+        """A further model."""
+        self._breakers[model] = Breaker(rules)
+
+    def remove(self, model: str) -> None:
+        del self._breakers[model]
+
     def judge_by(self, rules: BreakerRules) -> None:
         """Other rules from now on; how the breakers stand, they stand."""
         for breaker in self._breakers.values():

@@ -177,6 +177,11 @@ class EngineYard:
         pinned = entry.pinned if entry is not None else True
         self.stables.add(member.files.name, wants, pinned=pinned, keep_alive=entry.keep_alive if entry is not None else None)
 
+    def remove(self, name: str) -> None:
+        """Forget a model that was just added."""
+        self.residences.pop(name).close()
+        self.stables.remove(name)
+
     def _needs(self, member: Member, files: ModelFiles) -> dict[str, int]:
         return needs(self.config, member, files, self.stables.budget) if self.managed else {}
 

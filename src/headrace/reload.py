@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from headrace.address import auth_at, check_strangers
 from headrace.config import Config, fields
 from headrace.errors import ConfigError
-from headrace.fleet import Member
+from headrace.fleet import Member, fleet
 from headrace.lineup import check, names_of
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.route import candidate
@@ -18,9 +18,7 @@ from headrace.tracing import check_tracing
 
 FIXED_SECTIONS = frozenset({"model", "engine", "overload", "store"})
 """Sections that hold for as long as the server runs: its engines are made with them, and its supervisor."""
-FIXED_FIELDS = frozenset(
-    {"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after", "models", "memory_budget_gib"}
-)
+FIXED_FIELDS = frozenset({"host", "port", "ledger", "limits_url", "standby", "stall_timeout", "give_up_after", "memory_budget_gib"})
 """Likewise, of other sections."""
 
 
@@ -32,6 +30,23 @@ def changes(old: Config, new: Config) -> list[str]:
 def fixed(field: str) -> bool:
     """Whether a setting can't be changed while the server runs."""
     return field in FIXED_FIELDS or fields()[field] in FIXED_SECTIONS
+
+
+def added(old: Config, new: Config, members: Sequence[Member]) -> list[Member]:
+    """Models that the new configuration has and the old one hasn't. Raises `ConfigError` and `ModelError`.
+
+    What is there stays as it is: its workers may be running. What is different is another version.
+    """
+    for name, entry in old.fleet.models.items():
+        if new.fleet.models.get(name) != entry:
+            raise ConfigError(
+                f'models.{name} is served as it was; for other values add a version of it, [models."NAME@VERSION"],'
+                " or start the server again."
+            )
+    if new.fleet.models and not old.fleet.models:
+        raise ConfigError("The server has to be started again to serve [models].")
+    here = {member.files.name for member in members}
+    return [member for member in fleet(new) if member.files.name not in here]
 
 
 def usable(old: Config, new: Config, bound: socket.socket, members: Sequence[Member]) -> Config:

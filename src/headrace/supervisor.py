@@ -62,7 +62,7 @@ from headrace.lineup import lineup
 from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
-from headrace.reload import changes, usable
+from headrace.reload import added, changes, usable
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder
 from headrace.stores.database import Database
@@ -312,9 +312,38 @@ class Supervisor:
                 raise ConfigError("This server's configuration has no sources that could be read again.")
             read = await asyncio.to_thread(self._reread)
             changed = changes(self._read, read)
-            config = await asyncio.to_thread(usable, self._read, read, self._bound, self._members)
-            await self._apis.replace(config, lambda: self._adopt(config, read))
+            new = await asyncio.to_thread(added, self._read, read, self._members)
+            config = await asyncio.to_thread(usable, self._read, read, self._bound, [*self._members, *new])
+            self._take_in(config, new)
+            try:
+                await self._apis.replace(config, lambda: self._adopt(config, read))
+            except BaseException:
+                self._put_out(new)
+                raise
+            self._yard.stir()
             return changed
+
+    def _take_in(self, config: Config, members: list[Member]) -> None:
+        """Serve further models."""
+        for member in members:
+            name = member.files.name
+            self._members.append(member)
+            self._circuits.add(name, BreakerRules.of(config.resilience))
+            self._quarantined[name] = quarantine.Quarantine()
+            self._yard.add(member)
+            self._upgrades.add(member.family, name)
+
+    def _put_out(self, members: list[Member]) -> None:
+        for member in members:
+            name = member.files.name
+            if self._yard.stables[name].state != "absent":
+                continue  # a pinned one that is loading already; nobody asks for it
+            self._members.remove(member)
+            self._circuits.remove(name)
+            del self._quarantined[name]
+            self._yard.remove(name)
+            if self._upgrades.current.get(member.family) == name:
+                del self._upgrades.current[member.family]
 
     def _adopt(self, config: Config, read: Config) -> None:
         self._config, self._read = config, read
@@ -435,10 +464,12 @@ class Supervisor:
 
     def _processes(self) -> dict[str, object]:
         workers = self._yard.listings()
+        several = self._upgrades.listing() if self._yard.managed else {}
         apis = [line for api in self._apis if (line := listing(api)) is not None]
         return {
             "workers": workers,
             "api": apis,
+            **{name: several[name] for name in ("memory", "shadows") if name in several},
             "supervisor": {"pid": os.getpid(), "memory_mib": memory_mib(os.getpid())},
             "version": __version__,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),

@@ -154,6 +154,11 @@ class Upgrades:
             for name in ("requests", "failed", "begun", "first_seconds"):
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
 
+    def add(self, family: str, version: str) -> None:
+        """A further version; of a new family it is the current one."""
+        if family:
+            self.current.setdefault(family, version)
+
     # Words
 
     def _residence(self, name: str) -> Residence:

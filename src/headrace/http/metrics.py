@@ -312,9 +312,35 @@ class _Processes:
         for process, lines in kinds:
             memory.add_metric([process], 2**20 * sum(line.get("memory_mib") or 0 for line in lines))
             restarts.add_metric([process], sum(line.get("restarts", 0) for line in lines))
+        yield from self._several()
         memory.add_metric(["supervisor"], 2**20 * (self._listing.get("supervisor", {}).get("memory_mib") or 0))
         yield memory
         yield restarts
+
+
+    def _several(self) -> Iterator[Metric]:
+        """Where several models come and go."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        budget = GaugeMetricFamily("headrace_models_budget_bytes", "Memory that all models may take", labels=["pool"])
+        held = GaugeMetricFamily("headrace_models_held_bytes", "Memory promised to models that are loaded", labels=["pool"])
+        for pool, memory in self._listing.get("memory", {}).items():
+            budget.add_metric([pool], memory["budget"])
+            held.add_metric([pool], memory["held"])
+        labels = ["model", "shadow"]
+        compared = CounterMetricFamily("headrace_shadow_compared", "Answers compared with those of a shadowing model", labels=labels)
+        likeness = CounterMetricFamily("headrace_shadow_likeness", "Likeness of these answers, 0 to 1 each, added up", labels=labels)
+        failed = CounterMetricFamily("headrace_shadow_failed", "Copies of requests that a shadowing model failed to answer", labels=labels)
+        for each in self._listing.get("shadows", ()):
+            names = [each["model"], each["shadow"]]
+            compared.add_metric(names, each["compared"])
+            likeness.add_metric(names, each["compared"] * (each["likeness"] or 0.0))
+            failed.add_metric(names, each["failed"])
+        yield budget
+        yield held
+        yield compared
+        yield likeness
+        yield failed
 
 
 def model_of(models: ServedModels, exchange: Exchange) -> ServedModel | None:
