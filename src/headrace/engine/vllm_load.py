@@ -26,6 +26,9 @@ INSTALL = "pip install 'headrace[vllm]'"
 _held: list[int] = []
 """The guard's pipe."""
 
+_CPU_STEP = 2048
+"""Tokens of a step on a CPU, where the context isn't longer."""
+
 _ENVIRONMENT = {
     # What is said goes through our own log; of vLLM's, warnings.
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -80,7 +83,9 @@ def load(wanted: Wanted, stats_logger: Any) -> AsyncLLM:
         dtype=wanted.dtype,
         max_model_len=wanted.context_length or None,
         max_num_seqs=wanted.max_sequences,
-        max_num_batched_tokens=None if wanted.step_tokens is None else max(wanted.step_tokens, wanted.max_sequences),
+        max_num_batched_tokens=_step_tokens(wanted, on_cpu),
+        # On a CPU a seeded request whose prompt is cut into chunks ends vLLM's engine: the generator can't take a draw back there.
+        enable_chunked_prefill=False if on_cpu else None,
         tensor_parallel_size=wanted.tensor_parallel,
         pipeline_parallel_size=wanted.pipeline_parallel,
         gpu_memory_utilization=wanted.gpu_memory_utilization * _part(wanted),
@@ -95,6 +100,13 @@ def load(wanted: Wanted, stats_logger: Any) -> AsyncLLM:
     except (ValueError, RuntimeError, OSError, NotImplementedError, AssertionError, ImportError) as error:
         # vLLM has no error of its own for a model that it can't serve; the cause, in its engine's process, is in the log.
         raise ModelError(f"vLLM can't serve {wanted.folder.name}: {str(error) or type(error).__name__}") from error
+
+
+def _step_tokens(wanted: Wanted, on_cpu: bool) -> int | None:
+    if wanted.step_tokens is None and not on_cpu:
+        return None
+    whole_prompt = wanted.context_length if on_cpu else 0
+    return max(wanted.step_tokens or _CPU_STEP, wanted.max_sequences, whole_prompt)
 
 
 def _part(wanted: Wanted) -> float:
