@@ -97,10 +97,12 @@ def _row_is_right(row: Row, made: Made, client: Asked | None) -> Iterator[str]:
     who = f"{client or row.id}, billed {row.prompt} + {row.completion} as {row.status}"
     count = len(made.tokens)
     received = 0 if client is None else client.received
-    # One that was interrupted was settled for a process that died before it could.
-    ended_well = row.status in ("ok", "interrupted")
-    if client is not None and client.end == "complete" and not (ended_well and row.prompt + row.completion == client.total):
-        yield f"{who}: the client was told {client.total} in all"
+    if client is not None and client.end == "complete":
+        # One that was interrupted was settled for a process that died before it could. One whose budget ended was told what came until
+        # then, and the engine made a little more before it stopped.
+        told, billed = client.total or 0, row.prompt + row.completion
+        if row.status not in ("ok", "interrupted") or billed < told or (billed > told and not (client.limit_note and client.key.limited)):
+            yield f"{who}: the client was told {client.total} in all"
     if row.completion > count:
         yield f"{who}: engines made only {count}"
     if row.completion < received:
