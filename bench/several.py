@@ -40,7 +40,7 @@ class Users:
     failures: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Users:
-        self._over = threading.Event()
+        self._over, self._lock = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._use, args=(number,), daemon=True) for number in range(self.count)]
         for thread in self._threads:
             thread.start()
@@ -61,8 +61,10 @@ class Users:
         with httpx.Client(base_url=self.url, timeout=self.patience, trust_env=False) as client:
             while not self._over.is_set():
                 try:
-                    self.tokens += self.ask(client, number)
-                    self.answered += 1
+                    tokens = self.ask(client, number)
+                    with self._lock:
+                        self.tokens += tokens
+                        self.answered += 1
                 except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
                     self.failures.append(f"{type(error).__name__}: {error}"[:300])
 
