@@ -45,6 +45,16 @@ async def test_the_table_is_the_registry(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = stand()
     models = ServedModels([parts.served])
     parts.app = create_api(Config(), models, Journey.standard(Config(), models), control=parts.control)
+    several = {
+        "memory": {"ram": {"budget": 2, "held": 1}},
+        "shadows": [{"model": "a", "shadow": "b", "compared": 1, "likeness": 1.0, "failed": 0}],
+    }
+    listing = await parts.control.ps() | several
+
+    async def ps() -> dict[str, Any]:
+        return listing
+
+    monkeypatch.setattr(parts.control, "ps", ps)
     async with client(parts) as http:
         text = (await http.get("/metrics")).text
     # Those that nothing was counted in yet have no samples that would show their labels.

@@ -336,11 +336,7 @@ class _Processes:
             compared.add_metric(names, each["compared"])
             likeness.add_metric(names, each["compared"] * (each["likeness"] or 0.0))
             failed.add_metric(names, each["failed"])
-        yield budget
-        yield held
-        yield compared
-        yield likeness
-        yield failed
+        yield from (family for family in (budget, held, compared, likeness, failed) if family.samples)
 
 
 def model_of(models: ServedModels, exchange: Exchange) -> ServedModel | None:
