@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.config import Config, ModelSection
 from headrace.errors import ConfigError
-from headrace.fleet import Member, fetched, fleet
+from headrace.fleet import Member, current_versions, fetched, fleet
 from headrace.models.resolve import resolve
 from headrace.policies.route import candidate
 
@@ -81,7 +81,7 @@ class _Lineup:
         if members and "model" not in section.model_fields_set:
             default = members[0]
         elif members and section.model in self._names:
-            name = self._names[section.model]
+            name = current_versions(members).get(section.model, self._names[section.model])
             default = next((each for each in members if name in (each.files.name, *each.files.aliases)), None)
             if default is None:
                 raise ConfigError(f"model: {section.model} is no model, but an alias for several; the default is one model.")
