@@ -149,6 +149,6 @@ def test_addresses(url: str) -> None:
     "url", ["ftp://example.org/tok", "example.org/tok", "http:///tok", "file:///tok", "https://a tok", "https://a:port/tok"]
 )
 def test_what_is_no_web_address_is_refused_and_not_shown(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="HEADRACE_ALERT_WEBHOOK.*http or https") as refused:
+    with pytest.raises(ConfigError, match=r"HEADRACE_ALERT_WEBHOOK.*http or https") as refused:
         load(environ={"HEADRACE_ALERT_WEBHOOK": url}, folder=tmp_path)
     assert "tok" not in refused.value.message

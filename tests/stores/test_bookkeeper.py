@@ -328,6 +328,8 @@ async def left_behind(ledger: Ledger, folder: Path) -> tuple[Bookkeeper, SharedS
 async def test_recovery_settles_what_a_dead_process_left_and_only_then(ledger: Ledger, tmp_path: Path) -> None:
     books, shared = await left_behind(ledger, tmp_path)
     recovery = Recovery(ledger, tmp_path, lambda row: row.completion_tokens)
+    told: list[UsageRow] = []
+    recovery.told = told.extend
     folder = tmp_path / books.writer
     assert not await recovery.settle(folder), "it lives"
     books._slots.close()
@@ -346,6 +348,8 @@ async def test_recovery_settles_what_a_dead_process_left_and_only_then(ledger: L
         "waiting": (0, 0, 0, 0, "interrupted"),
         "journalled": (0, 0, 4, None, "ok"),
     }
+    # Also of what was settled in the journal: the limits may not have heard of it.
+    assert sorted((row.id, row.completion_tokens) for row in told) == [("journalled", 4), ("running", 11), ("waiting", 0)]
     assert list(tmp_path.iterdir()) == []
 
 

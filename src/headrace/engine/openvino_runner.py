@@ -29,8 +29,9 @@ class OpenVinoRunner:
     Without `num_blocks`, `kv_budget` finds the number from `kv_bytes` or from free memory, for `max_sequences` of
     `context_length` tokens; `memory_share` of it is for this model, where several share the machine, and as much as this
     process has taken is left free where it is `beside_another` like it, still to be loaded. `threads` None is
-    one a core. `precision` "f32" computes and keeps keys and values in float32, for comparisons; "auto" takes what is fastest on the machine: bfloat16 where it has it, activations
-    quantized to 8 bits on the fly where weights are, 8-bit keys and values.
+    one a core. `precision` "f32" computes and keeps keys and values in float32, for comparisons; "auto" takes what is fastest
+    on the machine: bfloat16 where it has it, activations quantized to 8 bits on the fly where weights are, and keys and values in
+    bfloat16, or in 8 bits where the machine doesn't compute in that.
 
     `deterministic` runs each sequence by itself, so that a distribution depends on nothing else in the batch: matrix
     products round differently with the number of rows. It gives up what batching gains.

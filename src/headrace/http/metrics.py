@@ -317,7 +317,6 @@ class _Processes:
         yield memory
         yield restarts
 
-
     def _several(self) -> Iterator[Metric]:
         """Where several models come and go."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

@@ -53,6 +53,9 @@ class Database:
         self.url = _with_driver(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._engine = _engine(self.url, LOCK_TIMEOUT)
+        untranslated = () if self.is_sqlite else _drivers_own_errors()
+        self._away: tuple[type[Exception], ...] = (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError, *untranslated)
+        """What is raised where the database can't be used now."""
         self._thread = SqliteThread(self.url.database or "", LOCK_TIMEOUT) if self.is_sqlite else None
 
     @property
@@ -76,7 +79,7 @@ class Database:
                     connection = await connection.execution_options(**{_READING: True})
                 async with connection.begin():
                     yield connection
-        except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as error:
+        except self._away as error:
             raise self._unavailable(error) from error
         except DBAPIError as error:
             if connected and not error.connection_invalidated and not _is_servers_fault(error):
@@ -102,7 +105,9 @@ class Database:
         try:
             async with engine.connect() as connection, connection.begin():
                 await connection.run_sync(_upgrade)
-        except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
+        except self._away as error:
+            raise self._unavailable(error) from error
+        except DBAPIError as error:
             raise self._unavailable(error) from error
         finally:
             await engine.dispose()
@@ -118,6 +123,13 @@ class Database:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         shown = self.url.render_as_string(hide_password=True)
         return StoreUnavailable(f"The database {re.sub(r'[+][a-z]+(?=:)', '', shown)} can't be used: {reason[:300]}", retry_after=2)
+
+
+def _drivers_own_errors() -> tuple[type[Exception], ...]:
+    """What PostgreSQL's driver raises where SQLAlchemy doesn't translate: when a connection is lost while it is being made."""
+    import asyncpg  # type: ignore[import-untyped]
+
+    return asyncpg.PostgresError, asyncpg.InterfaceError
 
 
 def _is_servers_fault(error: DBAPIError) -> bool:

@@ -18,6 +18,8 @@ from headrace.types import UsageRow
 SETTLE_TIMEOUT = 5.0
 """Seconds; nobody waits for it."""
 SETTLE_WITHIN = 600.0
+REMEMBERED = 100.0
+"""Seconds for which Redis surely knows that a lease was settled (`limits.lua`)."""
 WRITTEN = 0.5
 """Seconds; as in `limits.lua`."""
 
@@ -54,11 +56,15 @@ def _bills_wait(journals: Path) -> bool:
 
 def settlement(row: UsageRow) -> Settle:
     """What a request of a process that died really used, for the limits, once its bill is in the ledger."""
+    used = row.prompt_tokens + row.completion_tokens
+    if row.settled_at is not None and time.time() - row.settled_at > REMEMBERED:
+        # Whether it was settled before isn't known any more; a lease that is still there says that it wasn't.
+        return Settle(row.id, used)
     subjects = [f"key:{row.key}"] if row.key else []
     claims = (*map(Claim, subjects), Claim(f"tenant:{row.tenant}"))
     # A budget that was read since then has it; one that hasn't been read yet will have it.
     ended = 0.0 if row.settled_at is None else row.settled_at - WRITTEN
-    return Settle(row.id, row.prompt_tokens + row.completion_tokens, claims, RECOVERED, ended)
+    return Settle(row.id, used, claims, RECOVERED, ended)
 
 
 async def settle_in_redis(url: str, settled: list[Ask]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ import structlog
 from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
 from headrace.stores.bookkeeper import Pricing
-from headrace.stores.journal import files
+from headrace.stores.journal import files, read
 from headrace.stores.replay import GROUP, TIMEOUT, replay
 from headrace.stores.slots import LeftSlots
 from headrace.types import UsageRow
@@ -40,7 +40,7 @@ class Recovery:
         self._folder = folder
         self._pricing = pricing
         self.told: Callable[[list[UsageRow]], None] | None = None
-        """Hears of rows once they are settled."""
+        """Hears of rows once they are settled, also of those that the dead had settled in their journal: nobody may have been told."""
         self._wanted = asyncio.Event()
         self._going: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.ledger")
@@ -101,7 +101,11 @@ class Recovery:
         if left is None:
             return False
         try:
-            await replay(self._ledger, files(folder))
+            journal = files(folder)
+            replayed = await asyncio.to_thread(_settled_in, journal)
+            await replay(self._ledger, journal)
+            if replayed and self.told is not None:
+                self.told(replayed)
             rows = await self._ledger.open_rows(folder.name)
             for at in range(0, len(rows), GROUP):
                 settled = [self._settled(row, left) for row in rows[at : at + GROUP]]
@@ -129,3 +133,7 @@ class Recovery:
             settled_at=time.time(),
         )
         return msgspec.structs.replace(row, price=self._pricing(row))
+
+
+def _settled_in(journal: Sequence[Path]) -> list[UsageRow]:
+    return [row for path in journal for row in read(path) if row.settled_at is not None]
