@@ -231,7 +231,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     pid: int = 0
     deaths: dict[DeathCause, int] = {}
-    """How often it was replaced, by why: killed by a signal (the system's, when memory is out, among them), stalled, or exited by itself."""
+    """How often it was replaced, why: killed by a signal (the system's, when memory is out, among them), stalled, or exited by itself."""
 
 
 class StoredTensor(NamedTuple):
