@@ -21,7 +21,7 @@ CHAT = {
     "chat": ModelEntry(model="echo?says=one", aliases=("talk",), temperature=0.5, pinned=True),
     "chat@2": ModelEntry(model="echo?says=two"),
     "chat@3": ModelEntry(temperature=0.9),
-    "other@a": ModelEntry(model="echo"),
+    "other@a": ModelEntry(model="echo?pace=0.5"),
 }
 
 

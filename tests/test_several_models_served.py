@@ -247,7 +247,7 @@ def test_a_reload_brings_a_new_version_and_changes_none(tmp_path: Path) -> None:
         (tmp_path / "headrace.toml").write_text(after.replace("one", "another"))
         refused = server.client.post("/admin/reload")
         assert refused.status_code == 422
-        assert "another version" in refused.text
+        assert "add a version of it" in refused.text
         assert server.ask("chat@2").status_code == 404
         (tmp_path / "headrace.toml").write_text(after)
         assert server.client.post("/admin/reload").json()["changed"] == ["models"]
