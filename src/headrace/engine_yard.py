@@ -183,7 +183,11 @@ class EngineYard:
         self.stables.remove(name)
 
     def _needs(self, member: Member, files: ModelFiles) -> dict[str, int]:
-        return needs(self.config, member, files, self.stables.budget) if self.managed else {}
+        if not self.managed:
+            return {}
+        wants = needs(self.config, member, files, self.stables.budget)
+        twice = self.config.resilience.standby and can_stand_by(files)
+        return {pool: size * (2 if twice else 1) for pool, size in wants.items()}
 
     def _check_budget(self) -> None:
         """Raises `ConfigError` where what must be loaded at the start doesn't fit."""
