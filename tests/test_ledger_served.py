@@ -166,7 +166,7 @@ def test_postgresql_stopped_and_started_loses_nothing_and_doubles_nothing(tmp_pa
             pid = server.ps()["api"][0]["pid"]
             os.kill(pid, signal.SIGKILL)  # its journal outlives it
             server.client.close()
-            server.client = httpx.Client(base_url=server.url, timeout=30, trust_env=False)
+            server.client = httpx.Client(base_url=server.url, timeout=30, trust_env=False, headers=server.operator())
             postgres.start()
             eventually(lambda: billed() == (7, 35), within=30, what="seven on the bill")
             assert ask(server, "12345").status_code == 200
