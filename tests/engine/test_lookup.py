@@ -8,52 +8,40 @@ from fake_runner import LETTERS, VOCABULARY, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.lookup import FIRST_TRUST, MOST, REACH, Lookup, worth
+from headrace.engine.lookup import FIRST_SHARE, LEAST, REACH, WIDTHS, Lookup
 from headrace.types import TokenLogprob
 
 
 def test_what_followed_the_same_words_is_guessed() -> None:
     lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 1, 2, 3])
-    assert lookup.guess(MOST, 0.01) == [4, 5, 6]
+    assert lookup.guess(3) == [4, 5, 6]
     lookup.take(4)
-    assert lookup.guess(MOST, 0.01) == [5, 6, 7, 1]
+    assert lookup.guess(4) == [5, 6, 7, 1]
     lookup.take(9)
-    assert lookup.guess(MOST, 0.01) == []
+    assert lookup.guess(4) == []
 
 
 def test_the_latest_place_counts_and_repetition_goes_on() -> None:
-    assert Lookup([1, 2, 3, 1, 2, 4, 1, 2]).guess(2, 0.01) == [4, 1]
+    assert Lookup([1, 2, 3, 1, 2, 4, 1, 2]).guess(2) == [4, 1]
     lookup = Lookup([8, 9, 8, 9, 8, 9, 8, 9, 8, 9])
-    assert lookup.guess(6, 0.01) == [8, 9, 8, 9, 8, 9]
+    assert lookup.guess(6) == [8, 9, 8, 9, 8, 9]
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 2, 3]])
 def test_nothing_said_twice_gives_no_guess(tokens: list[int]) -> None:
-    assert Lookup(tokens).guess(MOST, 0.01) == []
+    assert Lookup(tokens).guess(3) == []
 
 
-def test_trust_goes_with_what_came_true_and_can_come_back() -> None:
+def test_the_share_goes_with_what_came_true_and_can_come_back() -> None:
     lookup = Lookup([*[1, 2, 3] * 5, 1, 2])
     for fresh in range(30):
-        assert lookup.guess(1, worth(1)) in ([3], [100 + fresh - 1], [])
+        lookup.guess(3)
         lookup.take(100 + fresh)
-        lookup.take(1)
-        lookup.take(2)
-    low = lookup.trust
-    assert low < FIRST_TRUST / 2
-    assert lookup.guess(MOST, worth(64)) == []
-    for token in [3, 1, 2] * 20:
-        lookup.guess(MOST, worth(64))
+    assert lookup.share < LEAST < FIRST_SHARE
+    for token in [1, 2, 3] * 30:
+        assert len(lookup.guess(0)) == 0
         lookup.take(token)
-    assert lookup.trust > 0.8
-    assert len(lookup.guess(MOST, worth(64))) >= 1
-
-
-def test_guesses_are_dearer_in_larger_batches() -> None:
-    shares = [worth(sequences) for sequences in (1, 4, 16, 64)]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] < 0.1
-    assert shares[-1] > 0.8
+    assert lookup.share > 0.8
 
 
 def test_a_long_text_is_forgotten_at_its_beginning() -> None:
@@ -136,9 +124,27 @@ def test_no_guess_is_made_where_tokens_cannot_be_tried_out_or_nobody_wants_it() 
         assert one.stepper.stats().steps == 60
 
 
-def test_the_step_stays_within_its_tokens() -> None:
-    driven = Driven(block_size=16, num_blocks=200, memory=1, step_tokens=9, max_sequences=8)
-    for number in range(8):
-        driven.add([number + 1, 2, 3], max_tokens=60)
+def test_text_that_says_nothing_twice_costs_no_rows_for_long() -> None:
+    driven = Driven(block_size=16, num_blocks=100, step_tokens=64)
+    driven.runner.rewinds = True
+    driven.stepper._guessing = True
+    answer = driven.add([5, 6, 7], max_tokens=150)
     driven.drain()
-    assert max(sum(sizes) for sizes in driven.runner.sizes) == 9
+    assert answer.tokens() == greedy([5, 6, 7], 150)
+    assert driven.runner.sizes[-1] == [1]
+    assert driven.stepper.stats().guessed_tokens < 60
+
+
+def test_large_batches_are_not_guessed_for_and_steps_of_small_ones_keep_their_shape() -> None:
+    driven = Driven(block_size=64, num_blocks=20, memory=1, step_tokens=64)
+    for number in range(max(WIDTHS) + 1):
+        driven.add([number + 1, 2, 3], max_tokens=40)
+    driven.drain()
+    assert driven.stepper.stats().guessed_tokens == 0
+    driven = Driven(block_size=64, num_blocks=20, memory=1, step_tokens=64)
+    driven.add([1, 2, 3], max_tokens=40)
+    driven.drain()
+    shapes = [len(sizes) for sizes in driven.runner.sizes[1:-2]]
+    assert set(shapes) <= {1, 1 + WIDTHS[1]}
+    assert shapes.count(1 + WIDTHS[1]) > 5
+    assert sum(one != other for one, other in zip(shapes, shapes[1:], strict=False)) <= 2

@@ -18,7 +18,7 @@ from headrace.engine.batch import Decodes, Guesses, build
 from headrace.engine.blocks import BlockPool
 from headrace.engine.completion import Completion, TokenWords
 from headrace.engine.draw import Draw
-from headrace.engine.lookup import MOST, MOST_ROWS, Lookup, worth
+from headrace.engine.lookup import LEAST, WIDTHS, Lookup
 from headrace.engine.pace import Pace
 from headrace.engine.pulse import Pulse
 from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows
@@ -275,25 +275,30 @@ class Stepper:
 
     def _guess(self, decodes: list[Sequence], chunks: list[Chunk]) -> Guesses | None:
         """For each sequence that decodes the tokens to be verified in this step; None where there are none at all."""
-        block_size, left = self._scheduler.block_size, MOST_ROWS
-        left = min(left, self._step_tokens - len(decodes) - sum(chunk.end - chunk.begin for chunk in chunks))
-        least = worth(len(decodes))
+        width = 0 if chunks else WIDTHS.get(len(decodes), 0)
+        if not width or len(decodes) * (1 + width) > self._step_tokens:
+            return None
+        block_size = self._scheduler.block_size
         guesses: Guesses = []
+        foreseen = 0.0
         for sequence in decodes:
             completion = sequence.completion
-            # The last token that is still wanted needs no guess, and guesses take no new blocks.
-            most = min(sequence.job.limit - sequence.length - 1, sequence.blocks.count * block_size - sequence.length, left, MOST)
             if completion is None or completion.sampler.needs_full:
                 guesses.append([])
                 continue
+            # The last token that is still wanted needs no guess, and guesses take no new blocks.
+            most = min(sequence.job.limit - sequence.length - 1, sequence.blocks.count * block_size - sequence.length, width)
             if sequence.lookup is None:
                 sequence.lookup = Lookup(sequence.tokens[: sequence.length].tolist())
-            guess = sequence.lookup.guess(max(0, most), least)
-            guesses.append(guess)
-            left -= len(guess)
+            guess = sequence.lookup.guess(max(0, most))
+            foreseen += sequence.lookup.share
+            # Anything will do to keep the step's shape: it is verified like the rest.
+            guesses.append(guess + [int(sequence.tokens[sequence.length - 1])] * (most - len(guess)))
         guessed = sum(map(len, guesses))
+        if not guessed or foreseen < LEAST * len(decodes):
+            return None
         self._guessed_tokens += guessed
-        return guesses if guessed else None
+        return guesses
 
     def _take_while_right(self, draw: Draw, picks: list[Picked | Exception], guesses: list[int | None], ahead: list[int]) -> None:
         """Take in each sequence's tokens up to the first that isn't what the row after it was computed for."""
