@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from driven import Answer, Driven
 from fake_runner import LETTERS, VOCABULARY, greedy
@@ -147,4 +149,4 @@ def test_large_batches_are_not_guessed_for_and_steps_of_small_ones_keep_their_sh
     shapes = [len(sizes) for sizes in driven.runner.sizes[1:-2]]
     assert set(shapes) <= {1, 1 + WIDTHS[1]}
     assert shapes.count(1 + WIDTHS[1]) > 5
-    assert sum(one != other for one, other in zip(shapes, shapes[1:], strict=False)) <= 2
+    assert sum(one != other for one, other in itertools.pairwise(shapes)) <= 2
