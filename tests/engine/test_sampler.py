@@ -67,6 +67,7 @@ def tokens_of(picks: Sequence[Picked | Exception]) -> list[int]:
     return [picked(one).token for one in picks]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -118,6 +119,7 @@ def test_the_candidates_nearly_always_decide(filters: Filters, most: int) -> Non
     assert places.count(UNDECIDED) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [Filters(1.0, 0.0, 9000, 0.6), Filters(1.0, 0.0, 9000, 0.95), Filters(1.0, 0.0, 3000, 0.95)], ids=str)
 def test_a_nucleus_of_thousands(filters: Filters) -> None:
     logits = some_logits(2, 0.5, 9000)
@@ -128,6 +130,7 @@ def test_a_nucleus_of_thousands(filters: Filters) -> None:
     assert np.abs(counts / 8000 - wanted).max() <= 1.01 / 8000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.anyio
 OPEN_TO_ALL = {"/health", "/health/live", "/health/ready", "/health/startup", "/docs", "/openapi.json"}
 
 
+@pytest.mark.slow
 async def test_every_route_needs_a_key() -> None:
     """The list is the application's own: a route that is added without a gate fails here."""
     closed = house(auth="keys")
