@@ -11,11 +11,21 @@ from headrace.cli.load import LoadFailed, LoadResult, run_load
 
 
 def load(
-    server: Server, number: int, *, users: int, requests: int, max_tokens: int, key: str | None = None, cached: bool = False
+    server: Server,
+    number: int,
+    *,
+    users: int,
+    requests: int,
+    max_tokens: int,
+    key: str | None = None,
+    cached: bool = False,
+    model: str | None = None,
+    ignore_eos: bool = True,
 ) -> LoadResult:
     """A closed loop of `users` with the prompts of round `number`, greedy, streaming, to the last token. Raises `ServerFailed`.
 
-    Unless `cached`, the server's cache is told to stay out of it.
+    Unless `cached`, the server's cache is told to stay out of it. `model` names what is asked for
+    where the server can't list what it has.
     """
     try:
         result = asyncio.run(
@@ -26,7 +36,8 @@ def load(
                 max_tokens=max_tokens,
                 prompts=texts(requests, number, WORDS),
                 key=key,
-                ignore_eos=True,
+                model=model,
+                ignore_eos=ignore_eos,
                 cached=cached,
             )
         )

@@ -6,18 +6,15 @@ The default model's GGUF file is unpacked once. Prompts of about 102 tokens, no 
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from pathlib import Path
 
 from bench.figures import Figure, Findings, Side, ratio
-from bench.load_side import complete
+from bench.load_side import load
 from bench.rounds import interleave
-from bench.servers import Server, ServerFailed, headrace, transformers_serve
-from bench.sides.prompts import WORDS, texts
+from bench.servers import Server, headrace, transformers_serve
 from bench.unpacked import unpack, without_end
 from bench.weights import find_gguf, find_model
-from headrace.cli.load import LoadFailed, run_load
 
 BOUND = 1.1
 
@@ -61,21 +58,13 @@ class _Speed:
         self._users, self._requests, self._max_tokens = users, requests, max_tokens
 
     def __call__(self, number: int) -> float:
-        prompts = texts(self._requests, number + 1_000 * self._users, WORDS)
-        try:
-            result = asyncio.run(
-                run_load(
-                    self._server.url,
-                    users=self._users,
-                    requests=self._requests,
-                    max_tokens=self._max_tokens,
-                    prompts=prompts,
-                    model=self._model,
-                    ignore_eos=self._model is None,
-                )
-            )
-        except LoadFailed as error:
-            self._server.check()
-            raise ServerFailed(f"{self._server.name}: {error}") from error
-        complete(self._server, result, self._max_tokens)
-        return result.tokens_per_second
+        found = load(
+            self._server,
+            number + 1_000 * self._users,
+            users=self._users,
+            requests=self._requests,
+            max_tokens=self._max_tokens,
+            model=self._model,
+            ignore_eos=self._model is None,
+        )
+        return found.tokens_per_second

@@ -6,20 +6,17 @@ servers run all the time, in the environment that `make test-vllm` makes.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import sys
 import tempfile
 from pathlib import Path
 
 from bench.figures import Figure, Findings, Side, ratio
-from bench.load_side import complete
+from bench.load_side import load
 from bench.rounds import interleave
 from bench.servers import Server, ServerFailed, headrace, vllm_serve
-from bench.sides.prompts import WORDS, texts
 from bench.unpacked import unpack
 from bench.weights import find_gguf, find_model
-from headrace.cli.load import LoadFailed, run_load
 
 BOUND = 1.0
 _BESIDE = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
@@ -64,17 +61,10 @@ class _Speed:
         self._server, self._users, self._requests, self._max_tokens = server, users, requests, max_tokens
 
     def __call__(self, number: int) -> float:
-        prompts = texts(self._requests, number + 1_000 * self._users, WORDS)
-        load = run_load(
-            self._server.url, users=self._users, requests=self._requests, max_tokens=self._max_tokens, prompts=prompts, ignore_eos=True
-        )
-        try:
-            result = asyncio.run(load)
-        except LoadFailed as error:
-            self._server.check()
-            raise ServerFailed(f"{self._server.name}: {error}") from error
-        complete(self._server, result, self._max_tokens)
-        return result.tokens_per_second
+        # The users' number is part of the round's: prompts of one user are never those of 16.
+        round_ = number + 1_000 * self._users
+        found = load(self._server, round_, users=self._users, requests=self._requests, max_tokens=self._max_tokens)
+        return found.tokens_per_second
 
 
 def _python() -> str:

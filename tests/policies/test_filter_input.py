@@ -34,10 +34,13 @@ def new_call(prompt: str | list[int] | tuple[Message, ...]) -> Call:
 
 async def passed(prompt: str | list[int] | tuple[Message, ...], *, models: ServedModels | None = None, **settings: object) -> Call:
     section = FilterSection.model_validate(settings)
-    (step,) = filter_steps(section, models=models, count=lambda stage, kind, action: COUNTED.append((stage, kind, action)))
+    (step,) = filter_steps(section, models=models)
     call = new_call(prompt)
-    async with step(call):
-        return call
+    try:
+        async with step(call):
+            return call
+    finally:
+        COUNTED.extend(call.filtered)
 
 
 async def refused(kind: type[HeadraceError], prompt: str | list[int] | tuple[Message, ...], **settings: object) -> HeadraceError:

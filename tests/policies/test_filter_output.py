@@ -32,12 +32,10 @@ def _rules(settings: str) -> Rules:
     return rules
 
 
-def step(counted: list[tuple[str, str, str]] | None = None, **settings: object) -> FilterOutput:
+def step(**settings: object) -> FilterOutput:
     section = FilterSection.model_validate(settings)
-    seen = counted if counted is not None else []
     return FilterOutput(
         _rules(section.model_dump_json()),
-        count=lambda stage, kind, action: seen.append((stage, kind, action)),
         report=section.report_filters,
     )
 
@@ -84,8 +82,7 @@ def test_each_choice_has_its_own_state() -> None:
 
 def test_blocking_ends_the_choice_where_the_match_begins_and_leaves_the_others() -> None:
     call = new_call(n=2)
-    counted: list[tuple[str, str, str]] = []
-    transform = step(counted, deny_output=["secret"], deny_action="block", report_filters=True).transform(call)
+    transform = step(deny_output=["secret"], deny_action="block", report_filters=True).transform(call)
     first = transform([*deltas(["a sec", "ret b", "c"], finish=None), *deltas(["fine ", "s"], choice=1, finish=None)])
     assert [(e.choice, e.text, e.finish) for e in first if isinstance(e, Delta)] == [
         (0, "a ", None),
@@ -99,16 +96,16 @@ def test_blocking_ends_the_choice_where_the_match_begins_and_leaves_the_others()
     assert text_of(last, 1) == "so far"
     assert last[-1] is REPORT
     assert call.ended
-    assert counted == [("output", "deny", "block")]
+    assert call.filtered == [("output", "deny", "block")]
     assert call.notes == {"X-Headrace-Filter": "deny=1"}
 
 
 def test_matches_are_counted_and_told_by_kind() -> None:
-    call, counted = new_call(), []  # type: ignore[var-annotated]
-    transform = step(counted, pii_output="mask", deny_output=["xyz"], report_filters=True).transform(call)
+    call = new_call()
+    transform = step(pii_output="mask", deny_output=["xyz"], report_filters=True).transform(call)
     out = transform(deltas(["a@b.co", " and c@d.org ", "xyz"]))
     assert text_of(out) == "*** and *** ***"
-    assert counted == [("output", "email", "mask")] * 2 + [("output", "deny", "mask")]
+    assert call.filtered == [("output", "email", "mask")] * 2 + [("output", "deny", "mask")]
     assert call.notes == {"X-Headrace-Filter": "email=2,deny=1"}
 
 

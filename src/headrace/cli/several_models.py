@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import typer
 
-from headrace.cli.target import ServerAway, Target, target
+from headrace.cli.target import ServerAway, target
 
 _URL = typer.Option(None, "--url", help="The server; default is this machine's, as configured.", show_default=False)
 _KEY = typer.Option(None, "--key", help="Bearer token of a key with scope admin.", show_default=False)
@@ -68,29 +68,11 @@ def rollback(
 
 def _said(url: str | None, key: str | None, config: Path | None, method: str, path: str) -> dict[str, Any]:
     try:
-        return _ask(target(url, key, config), method, path)
+        # Loading takes as long as it takes, and a promotion as long as the version is watched.
+        return target(url, key, config).administer(method, f"/admin/models{path}", timeout=None)
     except ServerAway as error:
         typer.echo(f"headrace: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-def _ask(server: Target, method: str, path: str) -> dict[str, Any]:
-    import httpx
-
-    try:
-        # Loading takes as long as it takes, and a promotion as long as the version is watched.
-        with server.client(timeout=None) as client:
-            answer = client.request(method, f"{server.root}/admin/models{path}")
-        said = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        server.away(error)
-    except ValueError:
-        said = None
-    if not isinstance(said, dict):
-        raise ServerAway(f"What answers at {server.root} is not a Headrace server (HTTP {answer.status_code}).")
-    if answer.status_code != 200:
-        raise ServerAway(str(said.get("detail") or f"{server.root} answers {answer.status_code}."))
-    return said
 
 
 def _print(said: dict[str, Any]) -> None:

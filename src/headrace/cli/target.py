@@ -7,7 +7,7 @@ import ipaddress
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from headrace.errors import ConfigError
@@ -63,6 +63,24 @@ class Target:
             trust_env=not self.is_local,
             event_hooks={"request": [self._show_pass]},
         )
+
+    def administer(self, method: str, path: str, *, timeout: float | None) -> dict[str, Any]:
+        """What the server says to an administrator's call of `path`. Raises `ServerAway`, with the server's own reason where it refuses."""
+        import httpx
+
+        try:
+            with self.client(timeout=timeout) as client:
+                answer = client.request(method, f"{self.root}{path}")
+            said = answer.json()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self.away(error)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise ServerAway(f"What answers at {self.root} is not a Headrace server (HTTP {answer.status_code}).")
+        if answer.status_code != 200:
+            raise ServerAway(str(said.get("detail") or f"{self.root} answers {answer.status_code}."))
+        return said
 
     def _show_pass(self, request: httpx.Request) -> None:
         """To this machine's server as its operator. Keys of the configuration administer nothing."""

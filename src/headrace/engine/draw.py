@@ -11,7 +11,7 @@ from headrace.engine.sequence import Sequence
 
 
 class Draw:
-    """The rows of a batch, decodes first and then chunks, and what each is for."""
+    """The rows of a batch, decodes first and then chunks, and what each is for. There are guesses only where there are no chunks."""
 
     def __init__(self, decodes: list[Sequence], chunks: list[Chunk], guesses: Guesses | None = None) -> None:
         self.sequences = decodes
@@ -35,8 +35,8 @@ class Draw:
             self.guesses = [guess for some in guesses for guess in (*some, None)]
         if not chunks:
             return
-        self.sequences = list(self.sequences)
-        row = len(self.sequences)
+        self.sequences = list(decodes)
+        row = len(decodes)
         self.rows = list(range(row))
         for chunk in chunks:
             sequence = chunk.sequence
@@ -48,7 +48,6 @@ class Draw:
                 if sequence.completion is not None:
                     self.sequences.append(sequence)
                     self.rows.append(row - 1)
-                    self._alone(1)
                     if not sequence.job.forked:
                         self.leaders.append(sequence)
                         self._row_of[id(sequence)] = row - 1
@@ -59,13 +58,6 @@ class Draw:
         self.sequences += siblings
         if self.rows is not None:
             self.rows += [self._row_of[id(leader)]] * len(siblings)
-            self._alone(len(siblings))
-
-    def _alone(self, count: int) -> None:
-        """`count` tokens without guesses after them."""
-        if self.ahead is not None and self.guesses is not None:
-            self.ahead += [0] * count
-            self.guesses += [None] * count
 
     @cached_property
     def samplers(self) -> list[SequenceSampler]:

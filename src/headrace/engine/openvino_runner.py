@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.engine.batch_parts import check_indices, part
 from headrace.engine.kv_budget import block_count, resident_memory
 from headrace.engine.paged_graph import CACHES, ROWS_INPUT, page
 from headrace.errors import ModelError, RequestFailed
@@ -172,13 +173,13 @@ class OpenVinoRunner:
     def forward(self, batch: ForwardBatch) -> OpenVinoResult:
         """Run one step; the interpreter is free meanwhile. Raises `RequestFailed` where OpenVINO refuses the batch."""
         if self._deterministic and len(batch.past_lens) > 1:
-            return _joined([self._run(part).settled() for part in _one_by_one(batch)])
+            return _joined([self._run(part(batch, number, number + 1)).settled() for number in range(len(batch.past_lens))])
         return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> OpenVinoResult:
         import openvino as ov
 
-        self._check(batch)
+        check_indices(batch, vocab_size=self._vocab_size, num_blocks=self._num_blocks)
         self._steps += 1
         feed: dict[str, NDArray[Any]] = {
             "input_ids": batch.input_ids,
@@ -208,16 +209,6 @@ class OpenVinoRunner:
             request.get_output_tensor(_LOGITS).data,
             self,
         )
-
-    def _check(self, batch: ForwardBatch) -> None:
-        """OpenVINO follows a wrong index out of its memory, without a word."""
-        for indices, end in (
-            (batch.input_ids, self._vocab_size),
-            (batch.rows, len(batch.input_ids)),
-            (batch.block_indices, self._num_blocks),
-        ):
-            if indices.size and (indices.min() < 0 or indices.max() >= end):
-                raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {indices.max()}, of {end}.")
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in every layer."""
@@ -258,26 +249,6 @@ class OpenVinoResult:
     def settled(self) -> OpenVinoResult:
         """The same with its logits copied, to outlive the next step."""
         return OpenVinoResult(self.top_ids, self.top_logits, self.logsumexp, self._logits.copy(), None)
-
-
-def _one_by_one(batch: ForwardBatch) -> list[ForwardBatch]:
-    parts = []
-    for number in range(len(batch.past_lens)):
-        first, end = batch.subsequence_begins[number : number + 2]
-        blocks = slice(*batch.block_indices_begins[number : number + 2])
-        parts.append(
-            ForwardBatch(
-                input_ids=batch.input_ids[first:end],
-                position_ids=batch.position_ids[first:end],
-                past_lens=batch.past_lens[number : number + 1],
-                subsequence_begins=np.array([0, end - first], np.int32),
-                block_indices=batch.block_indices[blocks],
-                block_indices_begins=np.array([0, blocks.stop - blocks.start], np.int32),
-                max_context_len=int(batch.past_lens[number] + end - first),
-                rows=batch.rows[(batch.rows >= first) & (batch.rows < end)] - first,
-            )
-        )
-    return parts
 
 
 def _joined(results: list[OpenVinoResult]) -> OpenVinoResult:

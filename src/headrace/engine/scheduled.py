@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from headrace.config import EngineSection
+from headrace.engine.capabilities import DRAWS_TOKENS
 from headrace.engine.pace import Pace
 from headrace.engine.pulse import Pulse
 from headrace.engine.stepper import Outbox, Stepper
@@ -32,24 +33,6 @@ from headrace.errors import (
 )
 from headrace.ports import Deliver, OnGpus, Overlaps, Runner, StepNotes, Tokenizer
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report, Resume
-
-CAPABILITIES = frozenset(
-    {
-        "ignore_eos",
-        "logit_bias",
-        "logprobs",
-        "min_p",
-        "min_tokens",
-        "n",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "resume",
-        "seed",
-        "stop_token_ids",
-        "tokens",
-        "top_k",
-    }
-)
 
 _PAUSE = 0.01
 
@@ -316,7 +299,7 @@ class ScheduledEngine:
             context_length=stepper.context_length,
             vocab_size=stepper.vocab_size,
             fingerprint=self._fingerprint,
-            capabilities=CAPABILITIES,
+            capabilities=DRAWS_TOKENS,
         )
 
     def _steps(self, stepper: Stepper) -> None:

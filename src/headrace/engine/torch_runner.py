@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.engine.batch_parts import check_indices, part
 from headrace.engine.gpu_memory import Gpus
 from headrace.engine.torch_paged import BLOCK, LayerShape, Paging, Pools, Step
 from headrace.errors import RequestFailed
@@ -88,7 +89,7 @@ class TorchRunner:
 
     def forward(self, batch: ForwardBatch) -> TorchResult:
         """Run one step. Raises `RequestFailed` where a sequence alone is too much, or the model refuses the batch."""
-        self._check(batch)
+        check_indices(batch, vocab_size=self._vocab_size, num_blocks=self._num_blocks)
         self._steps += 1
         result = self._in_parts(batch)
         self._calm += 1
@@ -115,8 +116,8 @@ class TorchRunner:
             if alone:
                 raise RequestFailed("The device's memory doesn't suffice for this request beside the others'. Try it later, or shorter.")
         half = len(batch.past_lens) // 2
-        parts = [_part(batch, 0, half), _part(batch, half, len(batch.past_lens))]
-        return _joined([self._in_parts(part) for part in parts], self)
+        parts = [part(batch, 0, half), part(batch, half, len(batch.past_lens))]
+        return _joined([self._in_parts(each) for each in parts], self)
 
     def _release(self, tokens: int, reason: str) -> None:
         """Give cached memory back, and take smaller batches from now on."""
@@ -143,16 +144,6 @@ class TorchRunner:
             )
             paging.step = None
             return distributions(out.logits[0], self)
-
-    def _check(self, batch: ForwardBatch) -> None:
-        """A wrong index ends a GPU's whole process."""
-        for indices, end in (
-            (batch.input_ids, self._vocab_size),
-            (batch.rows, len(batch.input_ids)),
-            (batch.block_indices, self._num_blocks),
-        ):
-            if indices.size and (indices.min() < 0 or indices.max() >= end):
-                raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {indices.max()}, of {end}.")
 
 
 def distributions(logits: torch.Tensor, runner: Any) -> TorchResult:
@@ -197,28 +188,12 @@ class TorchResult:
         """[vocabulary] all logits of a row; a fresh copy. Raises `RuntimeError` once the runner went on."""
         if self._runner._steps != self._step:
             raise RuntimeError("A step's logits were read after the next step.")
-        for part in self._logits:
-            if row < len(part):
-                found: NDArray[np.float32] = part[row].cpu().numpy().copy()
+        for each in self._logits:
+            if row < len(each):
+                found: NDArray[np.float32] = each[row].cpu().numpy().copy()
                 return found
-            row -= len(part)
+            row -= len(each)
         raise IndexError(f"There is no row {row} beyond the last.")
-
-
-def _part(batch: ForwardBatch, first: int, last: int) -> ForwardBatch:
-    """The sequences from `first` to before `last`, as a batch of their own."""
-    begin, end = batch.subsequence_begins[first], batch.subsequence_begins[last]
-    blocks = slice(batch.block_indices_begins[first], batch.block_indices_begins[last])
-    return ForwardBatch(
-        input_ids=batch.input_ids[begin:end],
-        position_ids=batch.position_ids[begin:end],
-        past_lens=batch.past_lens[first:last],
-        subsequence_begins=batch.subsequence_begins[first : last + 1] - begin,
-        block_indices=batch.block_indices[blocks],
-        block_indices_begins=batch.block_indices_begins[first : last + 1] - blocks.start,
-        max_context_len=batch.max_context_len,
-        rows=batch.rows[(batch.rows >= begin) & (batch.rows < end)] - begin,
-    )
 
 
 def _joined(results: list[TorchResult], runner: TorchRunner) -> TorchResult:
@@ -226,6 +201,6 @@ def _joined(results: list[TorchResult], runner: TorchRunner) -> TorchResult:
         np.concatenate([result.top_ids for result in results]),
         np.concatenate([result.top_logits for result in results]),
         np.concatenate([result.logsumexp for result in results]),
-        [part for result in results for part in result._logits],
+        [each for result in results for each in result._logits],
         runner,
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from headrace.engine.capabilities import DRAWS_TOKENS
 from headrace.engine.completion import CompletionText, TokenWords
 from headrace.engine.pull import pull
 from headrace.engine.pulse import Pulse
@@ -37,23 +38,6 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-CAPABILITIES = frozenset(
-    {
-        "ignore_eos",
-        "logit_bias",
-        "logprobs",
-        "min_p",
-        "min_tokens",
-        "n",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "resume",
-        "seed",
-        "stop_token_ids",
-        "tokens",
-        "top_k",
-    }
-)
 LAST_WORDS = 1.0
 """Seconds between the end of vLLM's engine and that of its requests: a worker is gone by then, and its clients go on elsewhere."""
 SLOWEST = 3.0
@@ -124,7 +108,7 @@ class VllmEngine:
             context_length=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
             fingerprint=self._fingerprint,
-            capabilities=CAPABILITIES,
+            capabilities=DRAWS_TOKENS,
         )
         try:
             await self._warm_up(config.scheduler_config.max_num_batched_tokens)

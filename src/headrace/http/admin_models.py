@@ -7,10 +7,10 @@ from typing import Literal
 
 from starlette.requests import Request
 
-from headrace.errors import Forbidden, InvalidParameter, Unsupported
+from headrace.errors import InvalidParameter, Unsupported
 from headrace.http.answers import Answer, json_answer
-from headrace.http.exchange import exchange_of
 from headrace.http.serving import ControlsModels, Serving
+from headrace.http.whole_server import may_change_all
 
 
 class AdminModels:
@@ -41,13 +41,7 @@ class AdminModels:
         return await self._do(request, "rollback")
 
     async def _do(self, request: Request, action: Literal["load", "unload", "promote", "rollback"]) -> Answer:
-        caller = exchange_of(request.scope).caller
-        key = caller.key if caller is not None else None
-        if key is not None and not key.all_tenants:
-            raise Forbidden("The models are every tenant's; your key administers only its own.")
-        if key is None and "origin" in request.headers:
-            # Where no key is needed on this machine, any web page could have its visitor's browser send this.
-            raise Forbidden("Not from a web page, but with a key of scope `admin`.")
+        may_change_all(request, "The models are")
         watch = None
         if (given := request.query_params.get("watch")) is not None:
             try:

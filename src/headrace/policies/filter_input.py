@@ -13,7 +13,7 @@ import msgspec
 from headrace.config import FilterSection
 from headrace.errors import ContentRefused, InvalidParameter, Unsupported
 from headrace.policies.filter_output import FilterOutput
-from headrace.policies.filters.decisions import Decisions, FilterCounter, uncounted
+from headrace.policies.filters.decisions import Decisions
 from headrace.policies.filters.rules import input_patterns, input_rules, output_rules
 from headrace.policies.filters.stream import Action, Rules, Stream
 from headrace.ports import Step
@@ -27,21 +27,21 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 """All but tab, line feed and carriage return."""
 
 
-def filter_steps(section: FilterSection, *, models: ServedModels | None = None, count: FilterCounter = uncounted) -> tuple[Step, ...]:
+def filter_steps(section: FilterSection, *, models: ServedModels | None = None) -> tuple[Step, ...]:
     """The steps that a configuration asks for, to stand before `Prepare`; none where all is off. Raises `ConfigError`."""
-    return (*filter_input_steps(section, models=models, count=count), *filter_output_steps(section, count=count))
+    return (*filter_input_steps(section, models=models), *filter_output_steps(section))
 
 
-def filter_input_steps(section: FilterSection, *, models: ServedModels | None = None, count: FilterCounter = uncounted) -> tuple[Step, ...]:
+def filter_input_steps(section: FilterSection, *, models: ServedModels | None = None) -> tuple[Step, ...]:
     rules, patterns = input_rules(section), input_patterns(section)
     if rules is None and not patterns and section.filter_control_characters == "keep" and section.filter_input_max_chars is None:
         return ()
-    return (FilterInput(section, rules, patterns, models, count),)
+    return (FilterInput(section, rules, patterns, models),)
 
 
-def filter_output_steps(section: FilterSection, *, count: FilterCounter = uncounted) -> tuple[Step, ...]:
+def filter_output_steps(section: FilterSection) -> tuple[Step, ...]:
     rules = output_rules(section)
-    return () if rules is None else (FilterOutput(rules, count=count, report=section.report_filters),)
+    return () if rules is None else (FilterOutput(rules, report=section.report_filters),)
 
 
 class FilterInput:
@@ -50,16 +50,13 @@ class FilterInput:
     A prompt of token ids is decoded and checked as text; where its text would be changed it is refused, for ids can't be masked.
     """
 
-    def __init__(
-        self, section: FilterSection, rules: Rules | None, patterns: list[Any], models: ServedModels | None, count: FilterCounter
-    ) -> None:
+    def __init__(self, section: FilterSection, rules: Rules | None, patterns: list[Any], models: ServedModels | None) -> None:
         self._most = section.filter_input_max_chars
         self._control = section.filter_control_characters
         self._report = section.report_filters
         self._rules = rules
         self._patterns = patterns
         self._models = models
-        self._count = count
 
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
@@ -124,7 +121,7 @@ class FilterInput:
             raise ContentRefused("The prompt has text that this server masks, and token ids can't be masked; send text.", param="prompt")
 
     def decisions(self, call: Call) -> Decisions:
-        return Decisions(call, "input", self._count, report=self._report)
+        return Decisions(call, "input", report=self._report)
 
 
 class _Check:

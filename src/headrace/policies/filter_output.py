@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from headrace.policies.filters.decisions import Decisions, FilterCounter, uncounted
+from headrace.policies.filters.decisions import Decisions
 from headrace.policies.filters.logprob_mask import LogprobMask
 from headrace.policies.filters.stream import Rules, Stream
 from headrace.types import Call, Delta, Event, TokenLogprob
@@ -14,9 +14,8 @@ from headrace.types import Call, Delta, Event, TokenLogprob
 class FilterOutput:
     """Adds a transform to the call. Tokens pass when they come, for they are billed; text and log-probabilities may be held back."""
 
-    def __init__(self, rules: Rules, *, count: FilterCounter = uncounted, report: bool = False) -> None:
+    def __init__(self, rules: Rules, *, report: bool = False) -> None:
         self._rules = rules
-        self._count = count
         self._report = report
 
     @asynccontextmanager
@@ -25,7 +24,7 @@ class FilterOutput:
         yield
 
     def transform(self, call: Call) -> OutputTransform:
-        return OutputTransform(call, self._rules, Decisions(call, "output", self._count, report=self._report))
+        return OutputTransform(call, self._rules, Decisions(call, "output", report=self._report))
 
 
 class OutputTransform:

@@ -225,15 +225,7 @@ class LimitTable:
         lease = self._leases.pop(id, None)
         if lease is None:
             return self._settle_lapsed(id, used)
-        held = lease.prompt + lease.output
-        for claim, subject in zip(lease.claims, lease.subjects, strict=True):
-            subject.leases.pop(id, None)
-            subject.held -= held
-            subject.loose -= lease.output
-            subject.spent += used
-            _refill(claim, subject, now)
-            if subject.tokens is not None and claim.tokens is not None:
-                subject.tokens.level = min(claim.tokens, subject.tokens.level + held - used)
+        _end(id, lease, now, spent=used, back=lease.prompt + lease.output - used)
         return Settled(self._rooms(lease.claims, lease.subjects))
 
     def _settle_lapsed(self, id: str, used: int) -> Settled:
@@ -284,14 +276,7 @@ class LimitTable:
         for id in ids:
             lease = self._leases.pop(id)
             held = lease.prompt + lease.output
-            for claim, subject in zip(lease.claims, lease.subjects, strict=True):
-                subject.leases.pop(id, None)
-                subject.held -= held
-                subject.loose -= lease.output
-                subject.spent += held
-                _refill(claim, subject, now)
-                if subject.tokens is not None and claim.tokens is not None:
-                    subject.tokens.level = min(claim.tokens, subject.tokens.level + held)
+            _end(id, lease, now, spent=held, back=held)
             lease.lapsed = tuple(subject.period for subject in lease.subjects)
             lease.expires = now + LAPSED_SECONDS
             self._lapsed[id] = lease
@@ -323,6 +308,18 @@ class LimitTable:
         for name in forgotten:
             del self._subjects[name]
         self._sweep_at = max(SWEEP_AT, 2 * len(self._subjects))
+
+
+def _end(id: str, lease: Lease, now: float, *, spent: int, back: int) -> None:
+    """A lease holds nothing any more: `spent` is on its subjects' budgets, `back` (negative for what was used beyond it) in their rates."""
+    for claim, subject in zip(lease.claims, lease.subjects, strict=True):
+        subject.leases.pop(id, None)
+        subject.held -= lease.prompt + lease.output
+        subject.loose -= lease.output
+        subject.spent += spent
+        _refill(claim, subject, now)
+        if subject.tokens is not None and claim.tokens is not None:
+            subject.tokens.level = min(claim.tokens, subject.tokens.level + back)
 
 
 def _refill(claim: Claim, subject: Subject, now: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, Protocol
+from typing import Literal
 
 from headrace.policies.filters.stream import Action
 from headrace.types import Call
@@ -14,23 +14,12 @@ NOTE = "X-Headrace-Filter"
 Stage = Literal["input", "output"]
 
 
-class FilterCounter(Protocol):
-    """Counts decisions: metrics, as a rule. Called once for each match (or refusal), with words from small fixed sets."""
-
-    def __call__(self, stage: Stage, kind: str, action: str) -> None: ...
-
-
-def uncounted(stage: Stage, kind: str, action: str) -> None:
-    """For a server without metrics."""
-
-
 class Decisions:
-    """One call's decisions at one stage: counted, and noted on the call if callers are to be told."""
+    """One call's decisions at one stage: kept in `call.filtered`, which metrics count, and noted on the call if callers are to be told."""
 
-    def __init__(self, call: Call, stage: Stage, count: FilterCounter, *, report: bool) -> None:
+    def __init__(self, call: Call, stage: Stage, *, report: bool) -> None:
         self._call = call
         self._stage: Stage = stage
-        self._count = count
         self._report = report
         self._noted: Counter[str] = Counter()
         before = call.notes.get(NOTE)
@@ -38,7 +27,6 @@ class Decisions:
             self._noted.update({kind: int(number) for kind, _, number in (item.partition("=") for item in before.split(","))})
 
     def __call__(self, kind: str, action: Action) -> None:
-        self._count(self._stage, kind, action)
         self._call.filtered.append((self._stage, kind, action))
         if self._report:
             self._noted[kind] += 1
