@@ -40,7 +40,7 @@ def test_other_contents_or_precision_are_another_conversion(tmp_path: Path) -> N
 def test_offline_makes_no_environment(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "m")
     with pytest.raises(ModelError, match=r"offline|headrace\[convert\]"):
-        resolve(ModelSection(model=str(tmp_path / "m"), cache_dir=tmp_path / "cache", offline=True))
+        resolve(ModelSection(model=str(tmp_path / "m"), engine="openvino", cache_dir=tmp_path / "cache", offline=True))
 
 
 @pytest.mark.skipif("HEADRACE_TEST_CONVERT" not in os.environ, reason="installs 2 GB and more; `make test-convert` runs it")
