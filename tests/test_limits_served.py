@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from real_servers import RedisServer
 from running_server import RunningServer, alive, eventually
 
 pytestmark = pytest.mark.slow
@@ -157,6 +159,32 @@ def test_what_a_killed_process_held_comes_back_and_its_budget_is_the_ledgers(ser
         assert eventually(lambda: not any(alive(pid) for pid in victims))
 
     assert eventually(lambda: agrees_with_the_ledger(running, headers, budget))
+
+
+def test_what_processes_had_to_tell_redis_when_both_were_gone_is_told_when_it_is_back(tmp_path: Path) -> None:
+    budget = 100_000
+    with RedisServer() as redis, serving(tmp_path, "echo?pace=0.005", HEADRACE_LIMITS_URL=redis.url) as running:
+        headers = make_key(running, tmp_path, "--budget-tokens", str(budget), "--scopes", "inference,usage")
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True, "max_tokens": 200}
+        with ExitStack() as stack:
+            streams = []
+            for _ in range(4):
+                client = stack.enter_context(httpx.Client(base_url=running.url, headers=headers, timeout=30, trust_env=False))
+                streams.append(stack.enter_context(client.stream("POST", "/v1/chat/completions", json=body)))
+            redis.stop()
+            # Some end while Redis is away, some begin; and one runs when its process dies.
+            assert [stream.read()[-16:].strip() for stream in streams] == [b"data: [DONE]"] * 4
+            for _ in range(4):
+                assert ask(running, headers).status_code == 200
+            body["max_tokens"] = 4000
+            client = stack.enter_context(httpx.Client(base_url=running.url, headers=headers, timeout=30, trust_env=False))
+            assert stack.enter_context(client.stream("POST", "/v1/chat/completions", json=body)).status_code == 200
+            victims = [line["pid"] for line in running.ps()["api"]]
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            assert eventually(lambda: not any(alive(pid) for pid in victims))
+        redis.start()
+        assert eventually(lambda: agrees_with_the_ledger(running, headers, budget), within=20)
 
 
 def test_hang_ups_cost_what_the_engine_made(server: tuple[RunningServer, Path]) -> None:

@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -88,6 +89,7 @@ from headrace.stores.data_dir import journal_folder
 from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limits_open import open_limits
+from headrace.stores.limits_owed import OWED
 from headrace.stores.opening import open_stores
 from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import ServerTls
@@ -398,7 +400,10 @@ async def _run(beginning: Beginning) -> None:
         for files, path, here in zip(setup.models, setup.sockets, several, strict=True):
             models[files.name] = _serve_model(files, path, link, books, config, here)
         place, journals = SupervisorsLimits(link), journal_folder(config.store)
-        limits = open_limits(config.limits.limits_url, place, ledger=ledger, processes=config.server.max_workers, journals=journals)
+        owed = None if books is None else Path(books.path).with_name(OWED)
+        limits = open_limits(
+            config.limits.limits_url, place, ledger=ledger, processes=config.server.max_workers, journals=journals, owed=owed
+        )
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:
         structlog.get_logger("headrace.app").error("API process failed to start", reason=error.message)

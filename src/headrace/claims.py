@@ -85,7 +85,10 @@ class Extend(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 RECOVERED = "recovered"
-"""For `Settle.life`: of a process that died, so that it isn't known whether the place ever had the lease."""
+"""For `Settle.life`: of a process that died, so that it isn't known whether the place ever had the lease. Its use is final: where the
+place had heard of another one, the difference is charged."""
+RECENT = "recent"
+"""Likewise, of a request that was over a little before that: the process has most likely settled it."""
 
 
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag=3):

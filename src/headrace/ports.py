@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, runtime_checkable
 
 from headrace.claims import Claim, Extended, Refused, Room, Take, Taken
 from headrace.errors import HeadraceError
@@ -57,6 +57,23 @@ class Engine(Protocol):
     async def close(self) -> None:
         """End what runs and free everything. Idempotent."""
         ...
+
+
+class HandsOver(Protocol):
+    """A source of events that can hand a batch over the moment it is there, while its reader waits for one."""
+
+    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+        """From now on `take` is asked first; what it returns False for is read, and so is the last batch, that with the `Report`."""
+        ...
+
+    def stop(self, error: Exception | None = None) -> None:
+        """Whoever reads is to go no further: it gets the error, or the end. From within `take`, for what came of it."""
+        ...
+
+
+def hands_over(source: object) -> TypeGuard[HandsOver]:
+    """Whether it is one; `isinstance` of a protocol takes Python longer than a token's whole way."""
+    return hasattr(source, "hand_to")
 
 
 Deliver = Callable[[Sequence[Event] | HeadraceError], None]
@@ -274,6 +291,10 @@ class Ledger(Protocol):
 
     async def open_rows(self, writer: str) -> list[UsageRow]:
         """What an API process opened and has not settled."""
+        ...
+
+    async def settled_rows(self, writer: str, since: float) -> list[UsageRow]:
+        """What an API process has settled since then (Unix time), of what was opened a day before at most."""
         ...
 
     async def usage(self, query: UsageQuery) -> list[UsageLine]:

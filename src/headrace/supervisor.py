@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -56,7 +57,7 @@ from headrace.control import (
 from headrace.engine_places import check_standby
 from headrace.engine_yard import EngineYard
 from headrace.error_tracking import ErrorTracker
-from headrace.errors import ConfigError, ModelError, ModelNotFound, ModelRefused
+from headrace.errors import ConfigError, ModelError, ModelNotFound, ModelRefused, StoreUnavailable
 from headrace.fleet import Member, budgets, current_versions
 from headrace.lineup import lineup
 from headrace.policies.breaker import BreakerRules
@@ -64,13 +65,14 @@ from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
 from headrace.reload import added, changes, usable
 from headrace.stores.cache_open import second_level
-from headrace.stores.data_dir import database_url, journal_folder
+from headrace.stores.data_dir import database_url, journal_folder, owed_folder
 from headrace.stores.database import Database
 from headrace.stores.error_writer import ErrorWriter
 from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limit_table import LimitTable
-from headrace.stores.limits_open import settle_in_redis, settlement
+from headrace.stores.limits_open import settlement
+from headrace.stores.limits_owed import OwedByTheDead
 from headrace.stores.opening import prepare_stores
 from headrace.stores.recovery import Recovery
 from headrace.stores.sql_keys import SqlKeys
@@ -209,7 +211,8 @@ class Supervisor:
         if config.ledger.ledger == "on":
             self._recovery = Recovery(SqlLedger(self._database), journal_folder(config.store), Prices(config.ledger))
             self._recovery.told = self._bills_recovered
-        self._settling: set[asyncio.Task[None]] = set()
+            self._recovery.owed = self._limits_recovered
+        self._owed = OwedByTheDead(owed_folder(config.store))
         self._log = structlog.get_logger("headrace.supervisor")
 
     async def run(self) -> int:
@@ -227,6 +230,7 @@ class Supervisor:
         recovering = asyncio.create_task(self._recover(), name="recovery")
         alerting = asyncio.create_task(self._alerts.run(), name="alerts")
         booking = asyncio.create_task(self._errors.run(), name="error book")
+        owing = asyncio.create_task(self._owed.run(lambda: self._config.limits.limits_url), name="limits owed")
         self._yard.begin()
         self._apis.begin(self._config)
         announcer = asyncio.create_task(self._announce())
@@ -241,14 +245,18 @@ class Supervisor:
             await self._stop()
             if self._recovery is not None:
                 await self._recovery.once(END_TIMEOUT)
+            if self._config.limits.limits_url != "memory://":
+                # What isn't heard now the next server tells.
+                with contextlib.suppress(StoreUnavailable, TimeoutError):
+                    await asyncio.wait_for(self._owed.tell(self._config.limits.limits_url), END_TIMEOUT)
         finally:
             await self._apis.kill()
             for asked in self._asked:
                 asked.cancel()
             await self._yard.kill()
-            for task in (announcer, signalled, recovering, alerting, booking):
+            for task in (announcer, signalled, recovering, alerting, booking, owing):
                 task.cancel()
-            await asyncio.gather(announcer, signalled, recovering, alerting, booking, *self._asked, return_exceptions=True)
+            await asyncio.gather(announcer, signalled, recovering, alerting, booking, owing, *self._asked, return_exceptions=True)
             tracker.flush()
             await self._errors.finish(ERRORS_TIMEOUT)
             await self._database.close()
@@ -440,15 +448,14 @@ class Supervisor:
 
     def _bills_recovered(self, rows: list[UsageRow]) -> None:
         """Now it is known what the requests of a dead process used; until now all that they had leased was taken for used."""
-        settled: list[Ask] = [settlement(row) for row in rows]
-        url = self._config.limits.limits_url
-        if url == "memory://":
-            for ask in settled:
+        self._limits_recovered([settlement(row) for row in rows])
+
+    def _limits_recovered(self, asks: list[Ask]) -> None:
+        if self._config.limits.limits_url == "memory://":
+            for ask in asks:
                 self._limits.answer(ask)
-        elif settled:
-            task = asyncio.create_task(settle_in_redis(url, settled))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+        else:
+            self._owed.add(asks)
 
     def _engines_down(self) -> list[tuple[str, str | None]]:
         """For the alerts: why each model's engine can't be used. One that is loaded for the first time isn't down."""

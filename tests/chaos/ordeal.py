@@ -36,9 +36,6 @@ BUDGET = 30_000
 """Tokens; spent amid the run."""
 
 
-EXCUSED = " (an API process died while Redis was away)"
-
-
 class Ordeal:
     """`run` does it all, and then `findings` says what was wrong; `report` is the whole story."""
 
@@ -86,9 +83,7 @@ class Ordeal:
                     self._ask(self._keys[name], "once more")
                 ledger = self._settled()
                 self.findings += invariants.ledger_equals_engine(load.asked, self._witness.account(), ledger)
-                found = list(self._limits_are_right(ledger))
-                self.story += [f"  known    {finding}" for finding in found if finding.endswith(EXCUSED)]
-                self.findings += [finding for finding in found if not finding.endswith(EXCUSED)]
+                self.findings += self._limits_are_right(ledger)
                 after = footprints(self._server.ps(), self._witness)
                 self.story += [f"  before   {each}" for each in before] + [f"  after    {each}" for each in after]
                 self.findings += grown(before, after)
@@ -206,7 +201,7 @@ class Ordeal:
             try:
                 eventually(lambda: standing(self._redis.url, key.id) in (None, right), within=CALM)
             except AssertionError:
-                yield f"{key.name}: the ledger says {billed} tokens, Redis {standing(self._redis.url, key.id)}{self._excuse()}"
+                yield f"{key.name}: the ledger says {billed} tokens, Redis {standing(self._redis.url, key.id)}"
             return
         if key.name == "budget":
             return
@@ -214,12 +209,6 @@ class Ordeal:
         spent = 100_000_000 - int(answer.headers["x-ratelimit-remaining-tokens"]) - answer.json()["usage"]["total_tokens"]
         if spent != billed:
             yield f"{key.name}: the ledger says {billed} tokens, the limits {spent}"
-
-    def _excuse(self) -> str:
-        """The one thing that limits in Redis are known not to survive (docs/limits.md), where the schedule has it."""
-        away = [(fault.at, fault.at + fault.lasts + 4) for fault in self._faults if fault.target == "redis"]
-        deaths = [fault.at for fault in self._faults if fault.target == "api" and fault.deed in ("kill", "refuse")]
-        return EXCUSED if any(begin <= death <= end for begin, end in away for death in deaths) else ""
 
     def _concurrency_is_free(self) -> Iterator[str]:
         key = self._keys["slots"]

@@ -7,10 +7,12 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from headrace.claims import Claim, Refused, Room, Take, Taken
+from headrace.claims import Claim, Refused, Room, Settle, Take, Taken
+from headrace.stores.limits_owed import OWED, OwedByTheDead, OwedFile, read_owed
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import SharedLimits
 from real_servers import RedisServer
@@ -207,3 +209,56 @@ async def _standing(limits: SharedLimits, claim: Claim) -> Room:
     assert isinstance(reply, Taken)
     await limits.settle(id, 0)
     return reply.rooms[0]
+
+
+async def test_what_a_process_had_to_tell_survives_its_death(server: RedisServer, tmp_path: Path) -> None:
+    claim = Claim(name(), requests=1000, budget=10_000, period="total", window=LONG)
+    file = tmp_path / OWED
+    limits = SharedLimits(RedisLimits(server.url), kept=OwedFile(file))
+    (leased,) = await admitted(limits, claim, 1, prompt=10, output=64)
+    server.stop()
+    (apart,) = await admitted(limits, claim, 1, prompt=10, output=64)
+    await limits.settle(leased, 30, guessed=True)
+    await limits.settle(apart, 20)
+    limits.correct(leased, 28)
+    # It is killed here: nothing of it ever talks to Redis again.
+    assert limits._return is not None
+    limits._return.cancel()
+    owed = OwedByTheDead(tmp_path / "dead")
+    owed.add(read_owed(file))
+    telling = asyncio.create_task(owed.run(lambda: server.url))
+    server.start()
+    other = SharedLimits(RedisLimits(server.url))
+    try:
+        for _ in range(1000):
+            if not owed.files():
+                break
+            await asyncio.sleep(0.01)
+        rooms = await _standing(other, claim)
+        assert (rooms.spent, rooms.held, rooms.running) == (48, 0, 1)
+        # Whoever doesn't know that it was told tells it again.
+        owed.add(read_owed(file))
+        await owed.tell(server.url)
+        assert (await _standing(other, claim)).spent == 48
+    finally:
+        telling.cancel()
+        await limits.close()
+        await other.close()
+
+
+async def test_what_was_told_is_owed_no_more(server: RedisServer, tmp_path: Path) -> None:
+    claim = Claim(name(), budget=10_000, period="total")
+    file = tmp_path / OWED
+    limits = SharedLimits(RedisLimits(server.url), kept=OwedFile(file))
+    (id,) = await admitted(limits, claim, 1, prompt=10, output=64)
+    server.pause()
+    await admitted(limits, claim, 1)
+    await limits.settle(id, 30)
+    assert [ask.id for ask in read_owed(file) if isinstance(ask, Settle)] == [id]
+    with file.open("ab") as torn:
+        torn.write(b'[3,"')
+    assert len(read_owed(file)) == 1
+    server.resume()
+    await back(limits)
+    assert not file.exists()
+    await limits.close()

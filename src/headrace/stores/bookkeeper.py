@@ -25,6 +25,7 @@ import structlog
 from headrace.errors import HeadraceError, StoreUnavailable
 from headrace.ports import Ledger
 from headrace.stores.journal import Journal
+from headrace.stores.limits_owed import OWED
 from headrace.stores.replay import replay
 from headrace.stores.slots import SlotFile
 from headrace.types import Report, UsageRow
@@ -378,7 +379,7 @@ class Bookkeeper:
         if self._abandoned:
             await asyncio.wait(self._abandoned, timeout=within)
         self._journal.close()
-        clean = not self.unsettled and not self._journal.rotate()
+        clean = not self.unsettled and not self._journal.rotate() and not (self._folder / OWED).exists()
         if clean:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._slots.close()

@@ -34,6 +34,11 @@ def journal_folder(store: StoreSection) -> Path:
     return store.data_dir.expanduser().absolute() / "journal"
 
 
+def owed_folder(store: StoreSection) -> Path:
+    """Where it waits what limits in Redis are still to hear of processes that died."""
+    return store.data_dir.expanduser().absolute() / "limits-owed"
+
+
 def load_pepper(folder: Path) -> bytes:
     """The secret that keys are digested with, made on first use; of several starters all get the same one. Raises `ConfigError`."""
     path = folder / "pepper"

@@ -27,6 +27,9 @@ class MemoryLedger:
         found = [row for row in self.rows.values() if row.writer == writer and row.settled_at is None]
         return sorted(found, key=lambda row: (row.opened_at, row.id))
 
+    async def settled_rows(self, writer: str, since: float) -> list[UsageRow]:
+        return [row for row in self.rows.values() if row.writer == writer and row.settled_at is not None and row.settled_at >= since]
+
     async def usage(self, query: UsageQuery) -> list[UsageLine]:
         groups: dict[tuple[Any, ...], list[UsageRow]] = {}
         for row in self.rows.values():

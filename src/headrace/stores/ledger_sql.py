@@ -89,6 +89,13 @@ class SqlLedger:
         async with self._database.session(read_only=True) as session:
             return [UsageRow(**row) for row in (await session.execute(found)).mappings()]
 
+    async def settled_rows(self, writer: str, since: float) -> list[UsageRow]:
+        # There is no index over the writer of settled rows, and one by day. Hardly a request takes longer than one.
+        day = int(since // SECONDS_A_DAY) - 1
+        found = sa.select(*_ROW).where(usage.c.day >= day, usage.c.writer == writer, usage.c.settled_at >= since)
+        async with self._database.session(read_only=True) as session:
+            return [UsageRow(**row) for row in (await session.execute(found)).mappings()]
+
     async def usage(self, query: UsageQuery) -> list[UsageLine]:
         groups = [usage.c[name] for name in query.group_by]
         sums = [

@@ -7,8 +7,8 @@
 --                            b when u was read from the ledger; f, ft spent under leases that were forgotten, and when it was last
 --   PREFIX:r:SUBJECT  zset   running requests by expiry
 --   PREFIX:l:ID       hash   c claims; p prompt; o output; n counted; x periods, once it has lapsed
---   PREFIX:d:ID       string a charge that has been made
---   PREFIX:e:ID       string a lease that was settled a little while ago
+--   PREFIX:d:ID       string a charge that has been made: its tokens
+--   PREFIX:e:ID       string a lease that was settled a little while ago: with so many tokens
 local prefix, asks = KEYS[1], cjson.decode(ARGV[1])
 local lease_seconds, lapsed_seconds = tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
@@ -17,6 +17,8 @@ local null = cjson.null
 local total_period, day = 0, math.floor(now / 86400) * 86400
 -- Seconds after which a request that is over is in the ledger for sure, where the database is well.
 local written = 0.5
+-- So long it is known what budgets were charged with, and for which leases: who finds out what was really used may come late.
+local budget_seconds = 40 * 86400
 
 -- A turn that has been is a Redis that came back with an older state, or with none. The step is wider than what others may know of.
 local turns = prefix .. ':t'
@@ -91,8 +93,16 @@ local function save(s)
   redis.call('HSET', s.key, unpack(fields))
   -- A budget that is forgotten is asked of the ledger again; a bucket is full by then.
   local keep = math.max(lapsed_seconds, 2 * s.window)
-  if s.budget then keep = math.max(keep, 40 * 86400) end
-  redis.call('EXPIRE', s.key, math.ceil(math.min(keep, 40 * 86400)))
+  if s.budget or s.p then keep = math.max(keep, budget_seconds) end
+  redis.call('EXPIRE', s.key, math.ceil(math.min(keep, budget_seconds)))
+end
+
+-- Seconds for which a lease of these claims is kept that nobody renews or settles.
+local function keeping(claims)
+  for _, claim in ipairs(claims) do
+    if limit(claim[5]) then return budget_seconds end
+  end
+  return lapsed_seconds
 end
 
 local function room(s)
@@ -128,7 +138,7 @@ local function lapse(name)
         save(s)
       end
       redis.call('HSET', key, 'x', cjson.encode(periods))
-      redis.call('EXPIRE', key, lapsed_seconds)
+      redis.call('EXPIRE', key, keeping(cjson.decode(l[1])))
     end
   end
 end
@@ -147,22 +157,39 @@ local function spend(s, used, ended)
   return true
 end
 
+-- What a process that died really used, where it had told of a guess and not yet of what that has to be corrected by.
+local function correct(key, id, used, claims, ended)
+  local guess = number(redis.call('GET', key))
+  if not guess or guess == used or redis.call('EXISTS', prefix .. ':d:' .. id .. ':corrected') == 1 then return end
+  for _, s in ipairs(loaded(claims)) do
+    if spend(s, used - guess, ended) then save(s) end
+  end
+  redis.call('SET', key, string.format('%.0f', used), 'KEEPTTL')
+end
+
 local function settle(id, used, claims, its_life, ended)
-  local key = prefix .. ':l:' .. id
+  local key, ended_key, charged_key = prefix .. ':l:' .. id, prefix .. ':e:' .. id, prefix .. ':d:' .. id
+  local recovered = its_life == 'recovered' or its_life == 'recent'
   local l = redis.call('HMGET', key, 'c', 'p', 'o', 'x')
   if not l[1] then
-    if claims and its_life ~= '' and its_life ~= life and redis.call('EXISTS', prefix .. ':e:' .. id, prefix .. ':d:' .. id) == 0 then
+    if claims and its_life ~= '' and its_life ~= life then
+      for _, known in ipairs({ended_key, charged_key}) do
+        if redis.call('EXISTS', known) == 1 then
+          if recovered then correct(known, id, used, claims, ended) end
+          return {5, null}
+        end
+      end
       for _, s in ipairs(loaded(claims)) do
         if spend(s, used, ended) then
           save(s)
-          redis.call('SET', prefix .. ':d:' .. id, '', 'EX', lapsed_seconds)
+          redis.call('SET', charged_key, string.format('%.0f', used), 'EX', lapsed_seconds)
         end
       end
     end
     return {5, null}
   end
   redis.call('DEL', key)
-  redis.call('SET', prefix .. ':e:' .. id, '', 'EX', 120)
+  redis.call('SET', ended_key, string.format('%.0f', used), 'EX', recovered and lapsed_seconds or 120)
   local all, held, output = loaded(cjson.decode(l[1])), tonumber(l[2]) + tonumber(l[3]), tonumber(l[3])
   local periods = l[4] and cjson.decode(l[4])
   for i, s in ipairs(all) do
@@ -239,6 +266,7 @@ local function take(id, claims, prompt, output, least, requests, seeds)
     return {2, worst.which, worst.dimension, worst.wait, worst.passing, rooms(all)}
   end
   granted = math.max(granted, 0)
+  local keep = keeping(claims)
   for _, s in ipairs(all) do
     if s.rl then s.rl = s.rl - requests end
     if s.tl then s.tl = s.tl - prompt - granted end
@@ -246,12 +274,12 @@ local function take(id, claims, prompt, output, least, requests, seeds)
     s.o = s.o + granted
     if requests > 0 then
       redis.call('ZADD', s.running, now + lease_seconds, id)
-      redis.call('EXPIRE', s.running, lapsed_seconds)
+      redis.call('EXPIRE', s.running, keep)
     end
     save(s)
   end
   redis.call('HSET', lease, 'c', cjson.encode(claims), 'p', prompt, 'o', granted)
-  redis.call('EXPIRE', lease, lapsed_seconds)
+  redis.call('EXPIRE', lease, keep)
   return {1, granted, ceiling or null, rooms(all), life}
 end
 
@@ -259,10 +287,12 @@ local function renew(id)
   local key = prefix .. ':l:' .. id
   local l = redis.call('HMGET', key, 'c', 'x')
   if l[1] and not l[2] then
-    redis.call('EXPIRE', key, lapsed_seconds)
-    for _, claim in ipairs(cjson.decode(l[1])) do
+    local claims = cjson.decode(l[1])
+    local keep = keeping(claims)
+    redis.call('EXPIRE', key, keep)
+    for _, claim in ipairs(claims) do
       redis.call('ZADD', prefix .. ':r:' .. claim[1], 'XX', now + lease_seconds, id)
-      redis.call('EXPIRE', prefix .. ':r:' .. claim[1], lapsed_seconds)
+      redis.call('EXPIRE', prefix .. ':r:' .. claim[1], keep)
     end
   end
 end
@@ -303,10 +333,10 @@ local function charge(id, claims, requests, used, ended)
       end
     end
     local settled = settle(id, used)
-    redis.call('SET', prefix .. ':d:' .. id, '', 'EX', lapsed_seconds)
+    redis.call('SET', prefix .. ':d:' .. id, string.format('%.0f', used), 'EX', lapsed_seconds)
     return settled
   end
-  if not redis.call('SET', prefix .. ':d:' .. id, '', 'NX', 'EX', lapsed_seconds) then return {5, null} end
+  if not redis.call('SET', prefix .. ':d:' .. id, string.format('%.0f', used), 'NX', 'EX', lapsed_seconds) then return {5, null} end
   local all = loaded(claims)
   for _, s in ipairs(all) do
     if s.rl then s.rl = math.max(-s.requests, s.rl - requests) end

@@ -12,10 +12,12 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from headrace.claims import Ask
 from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
 from headrace.stores.bookkeeper import Pricing
 from headrace.stores.journal import files, read
+from headrace.stores.limits_owed import OWED, read_owed
 from headrace.stores.replay import GROUP, TIMEOUT, replay
 from headrace.stores.slots import LeftSlots
 from headrace.types import UsageRow
@@ -27,6 +29,8 @@ RETRY = 0.2
 SOON = 10
 AWAY = 2.0
 """Seconds until a database that is away is tried again."""
+LATELY = 60.0
+"""Seconds: what the dead had settled by then they had surely told the limits, or kept for them."""
 
 
 class Recovery:
@@ -40,7 +44,10 @@ class Recovery:
         self._folder = folder
         self._pricing = pricing
         self.told: Callable[[list[UsageRow]], None] | None = None
-        """Hears of rows once they are settled, also of those that the dead had settled in their journal: nobody may have been told."""
+        """Hears of rows once they are settled, also of those that the dead had settled in their journal or a little before their death:
+        nobody may have been told."""
+        self.owed: Callable[[list[Ask]], None] | None = None
+        """Hears before that of what the dead had kept for the limits. It is forgotten here when this returns."""
         self._wanted = asyncio.Event()
         self._going: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.ledger")
@@ -82,8 +89,8 @@ class Recovery:
             try:
                 for folder in sorted(self._folder.glob("[!.]*/")):
                     await self.settle(folder)
-            except (StoreUnavailable, TimeoutError) as error:
-                self._log.warning("bills of dead processes wait for the database", reason=str(error))
+            except (StoreUnavailable, TimeoutError, OSError) as error:
+                self._log.warning("bills of dead processes wait", reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
                 return
@@ -101,6 +108,10 @@ class Recovery:
         if left is None:
             return False
         try:
+            if self.owed is not None and (owed := await asyncio.to_thread(read_owed, folder / OWED)):
+                self.owed(owed)
+            if self.told is not None and (lately := await self._ledger.settled_rows(folder.name, time.time() - LATELY)):
+                self.told(lately)
             journal = files(folder)
             replayed = await asyncio.to_thread(_settled_in, journal)
             await replay(self._ledger, journal)

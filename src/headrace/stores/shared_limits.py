@@ -58,6 +58,16 @@ class LimitPlace(Protocol):
     async def close(self) -> None: ...
 
 
+class Kept(Protocol):
+    """What outlives this process: the asks that the place is still to hear of. Raises `OSError`."""
+
+    def add(self, ask: Ask) -> None: ...
+
+    def clear(self) -> None:
+        """The place has heard all of them."""
+        ...
+
+
 async def nothing_spent(claim: Claim, since: float) -> int:
     """For a server without a ledger: budgets begin anew with each start."""
     return 0
@@ -79,10 +89,12 @@ class _Running:
 
 
 class SharedLimits:
-    """`ports.Limits`. `processes`: how many share the limits, and so the size of a share while the place is away."""
+    """`ports.Limits`. `processes`: how many share the limits, and so the size of a share while the place is away. `kept`: has what the
+    place must hear of when it is back, should this process be dead by then."""
 
-    def __init__(self, place: LimitPlace, *, spent: Spent = nothing_spent, processes: int = 1) -> None:
+    def __init__(self, place: LimitPlace, *, spent: Spent = nothing_spent, processes: int = 1, kept: Kept | None = None) -> None:
         self._place = place
+        self._kept = kept
         self._spent = spent
         self._known: dict[str, tuple[Room, float]] = {}
         self._running: dict[str, _Running] = {}
@@ -299,7 +311,7 @@ class SharedLimits:
     def _go_alone(self, ask: Ask, answered: Answered) -> None:
         """Answer an ask from this process's share, and keep what the place has to hear of it."""
         if isinstance(ask, (Settle, Charge)):
-            self._owed[ask.id] = ask
+            self._owe(ask)
             answered(Settled())
         elif isinstance(ask, Renew):
             answered(Settled())
@@ -312,6 +324,15 @@ class SharedLimits:
             if isinstance(ask, Take) and isinstance(reply, Taken):
                 running.apart = True
             answered(reply)
+
+    def _owe(self, ask: Settle | Charge) -> None:
+        self._owed[ask.id] = ask
+        if self._kept is not None:
+            try:
+                self._kept.add(ask)
+            except OSError as error:
+                # This process still knows it.
+                self._log.warning("what is owed to the limits can't be kept", reason=str(error))
 
     def _go_away(self, error: StoreUnavailable) -> None:
         if self._return is None:
@@ -334,6 +355,8 @@ class SharedLimits:
                             del self._owed[id]
             except StoreUnavailable:
                 continue
+            if self._kept is not None:
+                self._kept.clear()
             self._known.clear()
             self._return = None
             self._log.info("limits are shared again")
