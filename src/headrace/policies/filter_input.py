@@ -88,7 +88,7 @@ class FilterInput:
             if any(pattern.search(encoded) is not None for pattern in self._patterns):
                 decide("deny", "refuse")
                 raise _refused("deny", param)
-        if self._rules is not None:
+        if self._rules is not None and (self._rules.glance is None or self._rules.glance(text)):
             refusing: list[str] = []
 
             def decided(kind: str, action: Action) -> None:

@@ -128,7 +128,7 @@ def _longest(hit: Hit) -> tuple[int, int, int]:
 class State(dict[int, "State"]):
     """A state, with the states that were already seen to follow it by character class."""
 
-    __slots__ = ("before", "hits", "hold", "machine", "threads")
+    __slots__ = ("before", "ends", "hits", "hold", "machine", "threads")
 
     def __init__(self, machine: Automaton, threads: tuple[tuple[int, int], ...], before: int, hits: tuple[Hit, ...]) -> None:
         self.machine = machine
@@ -136,6 +136,8 @@ class State(dict[int, "State"]):
         self.before = before
         self.hits = hits
         self.hold = max((age for _, age in threads), default=0)
+        self.ends: tuple[Hit, ...] | None = None
+        """What the end of the text completes here, once that was asked for."""
 
     def __missing__(self, character_class: int) -> State:
         after = self.machine.step(self, character_class)
@@ -241,9 +243,11 @@ class Automaton:
         return found
 
     def end(self, state: State) -> tuple[Hit, ...]:
-        hits: set[Hit] = set()
-        self._resolve(state, EDGE, hits)
-        return tuple((which, began - 1, 0) for which, began, _ in sorted(hits, key=_longest))
+        if state.ends is None:
+            hits: set[Hit] = set()
+            self._resolve(state, EDGE, hits)
+            state.ends = tuple((which, began - 1, 0) for which, began, _ in sorted(hits, key=_longest))
+        return state.ends
 
     def _resolve(self, state: State, after: int, hits: set[Hit]) -> list[tuple[int, int]]:
         """Everything that may consume the next character, with its age before it, oldest first; and the matches that end before it."""

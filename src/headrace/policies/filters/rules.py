@@ -11,7 +11,8 @@ from typing import Any
 from headrace.config import FilterSection
 from headrace.errors import ConfigError
 from headrace.policies.filters.automaton import Alphabet, Automaton, Machine
-from headrace.policies.filters.personal import PERSONAL
+from headrace.policies.filters.glance import Glance
+from headrace.policies.filters.personal import PERSONAL, Personal
 from headrace.policies.filters.stream import Action, Detector, Rules
 from headrace.policies.filters.syntax import Node, Parser, PatternError, endless, size, width
 from headrace.policies.filters.words import Words
@@ -49,11 +50,13 @@ def output_rules(section: FilterSection) -> Rules | None:
 def input_rules(section: FilterSection) -> Rules | None:
     """The words that refuse a prompt and the personal data masked in it; None where nothing is asked for. Raises `ConfigError`."""
     machines: list[tuple[Machine, tuple[Detector, ...]]] = []
+    nodes: list[Node] = []
     if section.deny_input:
         machines.append(_words(section.deny_input, "refuse"))
     if section.pii_input != "off":
         machines += personal_machines(section.pii_kinds, section.pii_input, Alphabet(belongs))
-    return Rules(tuple(machines), section.filter_mask) if machines else None
+        nodes = [node for kind in section.pii_kinds for personal in PERSONAL[kind] for node in parsed(personal)]
+    return Rules(tuple(machines), section.filter_mask, Glance(section.deny_input, nodes)) if machines else None
 
 
 def input_patterns(section: FilterSection) -> list[Any]:
@@ -73,11 +76,15 @@ def personal_machines(kinds: Sequence[str], action: Action, alphabet: Alphabet) 
         nodes: list[Node] = []
         detectors: list[Detector] = []
         for personal in (personal for kind in group if kind in kinds for personal in PERSONAL[kind]):
-            nodes += [Parser(pattern, boundaries=True).parse() for pattern in personal.patterns]
+            nodes += parsed(personal)
             detectors += [Detector(personal.kind, action, personal.check)] * len(personal.patterns)
         if nodes:
             made.append((Automaton(nodes, alphabet), tuple(detectors)))
     return made
+
+
+def parsed(personal: Personal) -> list[Node]:
+    return [Parser(pattern, boundaries=True).parse() for pattern in personal.patterns]
 
 
 def _words(words: Sequence[str], action: Action) -> tuple[Machine, tuple[Detector, ...]]:

@@ -43,6 +43,8 @@ class Rules:
 
     machines: tuple[tuple[Machine, tuple[Detector, ...]], ...]
     mask: str
+    glance: Callable[[str], bool] | None = None
+    """Whether there may be a match in a whole text; a quick look that spares nearly all texts the machines."""
 
 
 class Run:
