@@ -608,6 +608,8 @@ class Call:
     """Models whose engine was asked again, once for each time; for the metrics."""
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer, whether it is streamed, whole or a refusal; names in lower case."""
+    late_headers: Callable[[], dict[str, str]] | None = None
+    """Further ones, which are worked out when the answer begins."""
     cache: bool | None = None
     """Whether the caller wants the response cache; None leaves it to the server."""
     cache_control: str = ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.config import AccessSection
 from headrace.errors import Forbidden, RateLimited, StoreUnavailable, Unauthorized
@@ -16,7 +19,7 @@ from headrace.policies import bad_keys, known_keys
 from headrace.policies.bad_keys import BadKeys
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
-from headrace.policies.key_secret import looks_like_secret, new_secret
+from headrace.policies.key_secret import digest_of, looks_like_secret, new_secret
 from headrace.policies.mint import Actor, Wish
 from headrace.stores.memory_keys import MemoryKeys
 from headrace.types import Caller, KeyChanges, KnownKey, Scope
@@ -317,3 +320,8 @@ async def test_what_is_stored_is_no_secret() -> None:
     _, secret = await house.desk.create(Wish(name="a"), OPERATOR)
     stored = msgspec.json.encode(await house.keys.keys()).decode() + repr(await house.keys.keys()) + repr(await house.keys.entries())
     assert secret[10:] not in stored
+
+
+@given(st.binary(min_size=1, max_size=100), st.text(alphabet=st.characters(codec="utf-8"), max_size=100))
+def test_the_digest_is_hmac_sha_256(pepper: bytes, secret: str) -> None:
+    assert digest_of(secret, pepper) == hmac.digest(pepper, secret.encode(), "sha256")

@@ -35,6 +35,8 @@ def journey_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     said: dict[str, str] = {}
     for call in exchange.calls:
         said.update(call.headers)
+        if call.late_headers is not None:
+            said.update(call.late_headers())
         said.update((name.lower(), value) for name, value in call.notes.items())
     uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
     said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"

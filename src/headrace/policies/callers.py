@@ -10,8 +10,8 @@ from hashlib import blake2b, sha256
 from headrace.config import AccessSection
 from headrace.errors import Forbidden, Unauthorized
 from headrace.policies.bad_keys import BadKeys
-from headrace.policies.key_secret import digest_of, looks_like_secret
-from headrace.policies.known_keys import KnownKeys
+from headrace.policies.key_secret import Digest, looks_like_secret
+from headrace.policies.known_keys import MOST_KNOWN, KnownKeys
 from headrace.policies.operator_pass import is_operator
 from headrace.ports import Keys
 from headrace.types import Caller, KeyRecord, KnownKey, Scope, TenantRecord
@@ -31,6 +31,9 @@ class Callers:
         self._configured = [_configured(key.get_secret_value()) for key in access.api_keys]
         self._known = KnownKeys(keys, access.key_cache_ttl) if keys is not None else None
         self._pepper = pepper
+        self._digest = Digest(pepper)
+        self._met: dict[bytes, tuple[KnownKey, Caller]] = {}
+        """By digest, as long as the key is known in the very same words."""
         self._bad = BadKeys()
 
     def quick(self, token: str | None, address: str, scope: Scope, *, required: bool) -> Caller | None:
@@ -45,10 +48,11 @@ class Callers:
             return anonymous(address)
         found = self._by_configuration(token)
         if found is None and self._known is not None and looks_like_secret(token):
-            known = self._known.get(digest_of(token, self._pepper))
+            digest = self._digest(token)
+            known = self._known.get(digest)
             if known is None:
                 return None
-            found = _caller(known)
+            found = self._caller(digest, known)
         if found is not None:
             return _checked(found, scope)
         return None if required else anonymous(address)
@@ -65,11 +69,11 @@ class Callers:
             return found
         assert token is not None, "a caller without a token is never looked up"
         if self._known is not None and looks_like_secret(token):
-            digest = digest_of(token, self._pepper)
+            digest = self._digest(token)
             async with self._bad.lookup(address):
                 known = await self._known.find(digest)
             if known is not None:
-                return _checked(_caller(known), scope)
+                return _checked(self._caller(digest, known), scope)
         if required or self.key_required or looks_like_secret(token):
             await self._bad.note(address)
         if required or self.key_required:
@@ -90,6 +94,14 @@ class Callers:
             if hmac.compare_digest(caller.key.digest if caller.key is not None else b"", digest):
                 found = caller
         return found
+
+    def _caller(self, digest: bytes, known: KnownKey) -> Caller:
+        met = self._met.get(digest)
+        if met is None or met[0] is not known:
+            if len(self._met) >= MOST_KNOWN:
+                self._met.clear()
+            met = self._met[digest] = known, _caller(known)
+        return met[1]
 
     def _without(self, scope: Scope) -> str:
         if scope == "admin":

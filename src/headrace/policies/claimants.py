@@ -5,12 +5,14 @@ from __future__ import annotations
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from headrace.claims import Claim, claim_of, parse_rate
-from headrace.types import Call
+from headrace.types import Call, KeyRecord, TenantRecord
 
 BEYOND_LOOPBACK = "10/minute"
 """Anonymous callers' limit on a server that others can reach, unless the configuration says otherwise; the tutorial's."""
 IPV6_NETWORK = 64
 """Bits of an IPv6 address that are one caller: a household has that many addresses to itself."""
+MOST_KEPT = 4096
+"""Callers whose claims are at hand."""
 
 
 class Claimants:
@@ -20,6 +22,8 @@ class Claimants:
         if anonymous_limit is None:
             anonymous_limit = BEYOND_LOOPBACK if beyond_loopback else "none"
         self._anonymous = None if anonymous_limit == "none" else parse_rate(anonymous_limit)
+        self._kept: dict[str, tuple[KeyRecord, TenantRecord | None, tuple[Claim, ...]]] = {}
+        """By key. They hold for these very records: a changed key or tenant comes as another one."""
 
     @property
     def limits_anonymous(self) -> bool:
@@ -32,10 +36,19 @@ class Claimants:
                 return ()
             requests, window = self._anonymous
             return (Claim(f"address:{network_of(call.address)}", requests=requests, window=window),)
-        claims = [claim_of(f"key:{call.caller.id}", call.caller.limits)]
-        if call.caller_tenant is not None:
-            claims.append(claim_of(f"tenant:{call.caller_tenant.name}", call.caller_tenant.limits))
-        return tuple(claim for claim in claims if claim.limited)
+        kept = self._kept.get(call.caller.id)
+        if kept is None or kept[0] is not call.caller or kept[1] is not call.caller_tenant:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            kept = self._kept[call.caller.id] = call.caller, call.caller_tenant, claims_of(call.caller, call.caller_tenant)
+        return kept[2]
+
+
+def claims_of(key: KeyRecord, tenant: TenantRecord | None) -> tuple[Claim, ...]:
+    claims = [claim_of(f"key:{key.id}", key.limits)]
+    if tenant is not None:
+        claims.append(claim_of(f"tenant:{tenant.name}", tenant.limits))
+    return tuple(claim for claim in claims if claim.limited)
 
 
 def network_of(address: str) -> str:

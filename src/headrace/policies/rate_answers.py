@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from headrace.claims import Claim, Refused, Room, period_end
 from headrace.errors import RateLimited
@@ -17,27 +18,35 @@ LATER = 3600.0
 
 
 def show_limits(call: Call, claims: Sequence[Claim], rooms: Sequence[Room]) -> None:
-    """Set the call's `x-ratelimit-*` headers, each by the claim that has least left. Where no rate limits tokens, a budget does."""
-    requests = tokens = None
-    now = time.time()
+    """Set the call's `x-ratelimit-*` headers. They are worked out when they are sent: what is known is said several times on the way."""
+    call.late_headers = partial(limit_headers, claims, rooms)
+
+
+def limit_headers(claims: Sequence[Claim], rooms: Sequence[Room]) -> dict[str, str]:
+    """Each by the claim that has least left. Where no rate limits tokens, a budget does."""
+    requests: _Shown | None = None
+    tokens: _Shown | None = None
     for claim, room in zip(claims, rooms, strict=True):
         if claim.requests is not None:
             requests = _least(requests, (_whole(room.requests), claim.requests, _refill(claim.requests, room.requests, claim.window)))
         if claim.tokens is not None:
             tokens = _least(tokens, (_whole(room.tokens), claim.tokens, _refill(claim.tokens, room.tokens, claim.window)))
     if tokens is None:
+        now = time.time()
         for claim, room in zip(claims, rooms, strict=True):
             if claim.budget is not None:
                 end = period_end(claim.period, now)
                 left = max(0, claim.budget - room.spent - room.held)
                 tokens = _least(tokens, (left, claim.budget, None if end is None else end - now))
+    headers: dict[str, str] = {}
     for name, found in (("requests", requests), ("tokens", tokens)):
         if found is not None:
             left, limit, reset = found
-            call.headers[f"x-ratelimit-limit-{name}"] = str(limit)
-            call.headers[f"x-ratelimit-remaining-{name}"] = str(left)
+            headers[f"x-ratelimit-limit-{name}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{name}"] = str(left)
             if reset is not None:
-                call.headers[f"x-ratelimit-reset-{name}"] = duration(reset)
+                headers[f"x-ratelimit-reset-{name}"] = duration(reset)
+    return headers
 
 
 _Shown = tuple[int, int, float | None]
