@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from bench.unpacked import unpack
-from reference_model import Reference
+from reference_model import GgufModel, Matrices, Reference, matched, read_gguf, read_openvino
 
 from headrace.engine.openvino_runner import OpenVinoRunner
 from headrace.types import ModelFiles
@@ -21,9 +21,21 @@ def default_gguf(default_model: ModelFiles) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(default_gguf: Path) -> Reference:
+def gguf_model(default_gguf: Path) -> GgufModel:
+    """What that file holds, in float32."""
+    return read_gguf(default_gguf)
+
+
+@pytest.fixture(scope="session")
+def served_matrices(default_model: ModelFiles, gguf_model: GgufModel) -> Matrices:
+    """The matrices that the served model multiplies with, by the names of the file's weights that they render."""
+    return matched(gguf_model[1], read_openvino(Path(default_model.folder) / "openvino_model.xml"))
+
+
+@pytest.fixture(scope="session")
+def reference(gguf_model: GgufModel) -> Reference:
     """The GGUF file's weights in the transformers implementation, in float32."""
-    return Reference(default_gguf)
+    return Reference(*gguf_model)
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +45,10 @@ def unpacked_model(default_model: ModelFiles, default_gguf: Path, tmp_path_facto
 
 
 @pytest.fixture(scope="session")
-def reference_as_served(default_model: ModelFiles, default_gguf: Path) -> Reference:
+def reference_as_served(gguf_model: GgufModel, served_matrices: Matrices) -> Reference:
     """The same with the matrices that the served model holds."""
-    return Reference(default_gguf, Path(default_model.folder) / "openvino_model.xml")
+    metadata, weights = gguf_model
+    return Reference(metadata, weights | served_matrices)
 
 
 @pytest.fixture(scope="session")

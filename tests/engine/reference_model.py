@@ -1,8 +1,8 @@
 """The default model in the transformers implementation, in float32: what the engine's results are held against.
 
-Its weights and hyperparameters are the GGUF file's own, as the `gguf` package dequantizes them. Given the served OpenVINO
-model too, its matrices are the very ones that this holds, decompressed: then only the computing differs, and can be held
-to a thousandth. (test_served_weights.py bounds how far the two are apart.)
+Its weights and hyperparameters are the GGUF file's own, as the `gguf` package dequantizes them. Given the served
+OpenVINO model's matrices, decompressed, instead of the file's, only the computing differs, and can be held to a
+thousandth. (test_served_weights.py bounds how far the two are apart.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrices = dict[str, NDArray[np.float32]]
+GgufModel = tuple[dict[str, Any], Matrices]
+"""Hyperparameters, and the weights by their names in transformers."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -31,12 +33,13 @@ _NAMES = {
 
 
 class Reference:
-    def __init__(self, gguf: Path, xml: Path | None = None) -> None:
+    """Over the hyperparameters and weights that `read_gguf` gives; it keeps the arrays and changes none."""
+
+    def __init__(self, metadata: dict[str, Any], weights: Matrices) -> None:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.initialization import no_init_weights
 
-        metadata, weights = read_gguf(gguf)
-        served = _matched(weights, read_openvino(xml)) if xml else {}
         config = LlamaConfig(
             vocab_size=metadata["vocab_size"],
             hidden_size=metadata["embedding_length"],
@@ -51,32 +54,31 @@ class Reference:
             dtype="float32",
         )
         self._torch = torch
-        self._model = LlamaForCausalLM(config).eval()
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in (weights | served).items()}
-        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
+        with no_init_weights():
+            self._model = LlamaForCausalLM(config).eval()
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in weights.items()}
+        missing, unexpected = self._model.load_state_dict(tensors, strict=False, assign=True)
         assert (missing, unexpected) == (["lm_head.weight"], [])
         self._model.tie_weights()
+        self._known: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def logprobs(self, token_ids: list[int]) -> NDArray[np.float32]:
-        """[T, V]: of what follows each token."""
-        with self._torch.inference_mode():
-            logits = self._model(self._torch.tensor([token_ids])).logits[0]
-            found: NDArray[np.float32] = self._torch.log_softmax(logits, dim=-1).numpy()
-            return found
+        """[T, V]: of what follows each token. Computed once; don't change it."""
+        if tuple(token_ids) not in self._known:
+            with self._torch.inference_mode():
+                logits = self._model(self._torch.tensor([token_ids])).logits[0]
+                self._known[tuple(token_ids)] = self._torch.log_softmax(logits, dim=-1).numpy()
+        return self._known[tuple(token_ids)]
 
-    def greedy(self, token_ids: list[int], n: int) -> list[int]:
-        """The `n` tokens that follow, whatever they are."""
-        ids, past, found = self._torch.tensor([token_ids]), None, []
+    def likeliest(self, prompt: list[int], drawn: list[int]) -> list[int]:
+        """The likeliest token in place of each that was `drawn`, given those before it: the same, exactly if a greedy run draws them."""
         with self._torch.inference_mode():
-            for _ in range(n):
-                out = self._model(ids, past_key_values=past, use_cache=True)
-                ids, past = out.logits[:, -1:].argmax(dim=-1), out.past_key_values
-                found.append(int(ids[0, 0]))
+            logits = self._model(self._torch.tensor([prompt + drawn[:-1]]), logits_to_keep=len(drawn)).logits[0]
+            found: list[int] = logits.argmax(dim=-1).tolist()
         return found
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], Matrices]:
-    """Hyperparameters, and the weights by their names in transformers."""
+def read_gguf(path: Path) -> GgufModel:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -127,7 +129,7 @@ def _values(constant: Any) -> NDArray[np.float32]:
     return np.asarray(constant.data).astype(np.float32).reshape(shape)
 
 
-def _matched(weights: Matrices, served: list[NDArray[np.float32]]) -> Matrices:
+def matched(weights: Matrices, served: list[NDArray[np.float32]]) -> Matrices:
     """Served matrices by the name of the weight that they render; a few rows are enough to tell."""
     found = {}
     for matrix in served:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from reference_model import _matched, read_gguf, read_openvino
-
-from headrace.types import ModelFiles
+from reference_model import GgufModel, Matrices
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_matrix_is_within_a_thirty_second_of_a_step(default_model: ModelFiles, default_gguf: Path) -> None:
-    _, weights = read_gguf(default_gguf)
-    served = _matched(weights, read_openvino(Path(default_model.folder) / "openvino_model.xml"))
-    assert len(served) == 7 * 30 + 1
-    for name, matrix in served.items():
+def test_every_matrix_is_within_a_thirty_second_of_a_step(gguf_model: GgufModel, served_matrices: Matrices) -> None:
+    _, weights = gguf_model
+    assert len(served_matrices) == 7 * 30 + 1
+    for name, matrix in served_matrices.items():
         exact = weights[name].reshape(-1, 32)
         step = np.ptp(exact, axis=1, keepdims=True) / 15
         # Q8_0 (the embedding) is exact; of Q4_1 a block's offset is off by half a sixteenth of a step, and scales are float16.
