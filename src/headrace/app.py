@@ -367,8 +367,10 @@ class SupervisorLink:
         await self._door_closed.wait()
 
     def _end(self) -> None:
+        error = EngineUnavailable("The server is stopping, and the time for running requests is over.", retry_after=5)
+        error.leaving = True
         for _, client in self._models.values():
-            client.end_all(EngineUnavailable("The server is stopping, and the time for running requests is over.", retry_after=5))
+            client.end_all(error)
         asyncio.get_running_loop().call_later(FAREWELL, _leave)
 
 

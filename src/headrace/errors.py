@@ -213,9 +213,12 @@ class Shed(NotAdmitted):
 
 
 class EngineUnavailable(HeadraceError):
+    """`leaving`: the server itself ends what runs, because it stops; nothing is wrong with the engine."""
+
     status = 503
     code = "engine_unavailable"
     retry = True
+    leaving: bool = False
 
 
 class CircuitOpen(EngineUnavailable):

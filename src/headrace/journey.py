@@ -26,9 +26,9 @@ from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
 from headrace.policies.route import Fallbacks
 from headrace.policies.shadow import Shadow, Told
-from headrace.ports import Answers, Books, Limits, Step
+from headrace.ports import Answers, Books, Limits, Step, hands_over
 from headrace.served import ServedModels
-from headrace.types import Call, Event
+from headrace.types import Call, Event, Sink
 
 
 class Journey:
@@ -86,7 +86,7 @@ class Journey:
         attempt.append(AskEngine(models, resilience, circuits))
         fallbacks = None
         if resilience.fallbacks:
-            fallbacks = Fallbacks(models, resilience.fallbacks, timeout=config.server.request_timeout, old=cache)
+            fallbacks = Fallbacks(models, resilience.fallbacks, old=cache)
         return cls(steps, models, attempt=attempt, fallbacks=fallbacks)
 
     async def run(self, call: Call) -> AsyncGenerator[list[Event]]:
@@ -103,16 +103,16 @@ class Journey:
                     source = await self._attempt(call, stack)
                 else:
                     source = await self._fallbacks.open(call, stack, self._attempt)
+                handed_over = False
                 async for batch in source:
-                    for transform in call.transforms:
-                        batch = transform(batch)
+                    batch = _passed(call, batch)
                     if batch:
-                        call.outcome.note(batch)
-                        for tap in call.taps:
-                            tap(batch)
                         yield batch
                     if call.ended:
                         break
+                    if call.sink is not None and not handed_over:
+                        handed_over = True
+                        _hand_over(call, call.sink, source)
             except BaseException as error:
                 # Set before the steps leave: they settle by it. A hang-up arrives here as GeneratorExit or CancelledError.
                 call.outcome.error = error
@@ -130,6 +130,39 @@ class Journey:
             source = call.share(source)
         stack.push_async_callback(_close, source)
         return source
+
+
+def _passed(call: Call, batch: list[Event]) -> list[Event]:
+    """What leaves the journey of a batch that has come in."""
+    for transform in call.transforms:
+        batch = transform(batch)
+    if batch:
+        call.outcome.note(batch)
+        for tap in call.taps:
+            tap(batch)
+    return batch
+
+
+def _hand_over(call: Call, sink: Sink, source: AsyncIterator[list[Event]]) -> None:
+    """From now on batches go from the source to the sink directly, whenever both are ready; else they are read, as ever."""
+    if not hands_over(source):
+        return
+
+    def take(batch: list[Event]) -> bool:
+        if not sink.ready():
+            return False
+        try:
+            batch = _passed(call, batch)
+            if batch:
+                sink.put(batch)
+        except Exception as error:  # noqa: BLE001 - it is this call's, and raised in its own task; the source is at work for others, too
+            source.stop(error)
+        else:
+            if call.ended:
+                source.stop()
+        return True
+
+    source.hand_to(take)
 
 
 async def _close(source: AsyncIterator[list[Event]]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -326,13 +326,13 @@ class Outcome:
     def note(self, batch: list[Event]) -> None:
         """Count what passes, as it passes: a client that hangs up is billed for what it was sent."""
         for event in batch:
-            if isinstance(event, Delta):
+            if type(event) is Delta:
                 if event.tokens and self.first_token_at is None:
                     self.first_token_at = time.monotonic()
                 self.completion_tokens += len(event.tokens)
                 if event.finish is not None:
                     self.finish = event.finish
-            elif isinstance(event, Report):
+            elif type(event) is Report:
                 self.report = event
                 self.prompt_tokens = event.prompt_tokens
                 self.cached_tokens = event.cached_tokens
@@ -547,6 +547,20 @@ class CacheSize(msgspec.Struct, frozen=True):
 
 Transform = Callable[[list[Event]], list[Event]]
 Tap = Callable[[list[Event]], None]
+
+
+class Sink(Protocol):
+    """Whoever reads a call's events, where they may be put into its hands instead: a token then wakes no task."""
+
+    def ready(self) -> bool:
+        """Whether it can take a batch now, which must not overtake one that was read. If not, it is to be read."""
+        ...
+
+    def put(self, batch: list[Event]) -> None:
+        """A batch, at once and without waiting for anything. What it raises ends the call."""
+        ...
+
+
 Share = Callable[[AsyncIterator[list[Event]]], AsyncIterator[list[Event]]]
 
 
@@ -577,10 +591,12 @@ class Call:
     """The client's address, after trusted proxies."""
     key_required: bool = False
     timeout: float | None = None
-    """Seconds that the caller gives it; None leaves it to the server."""
+    """Seconds that the caller gives it, from `started_at`; None leaves it to the server."""
     priority: Priority = "default"
     """As asked for, and from when the caller is known no higher than it may be."""
     started_at: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    """`time.monotonic()` when its time is over, by the caller's limit or the server's; the step that prepares it sets this."""
 
     tenant: int = 0
     key: str | None = None
@@ -626,4 +642,13 @@ class Call:
     """Set by the cache: the journey hands it the source, and reads what it gives instead."""
     taps: list[Tap] = field(default_factory=list)
     """See each batch as it leaves, after the transforms."""
+    sink: Sink | None = None
+    """Set by whoever reads the events, after the first of them."""
     outcome: Outcome = field(default_factory=Outcome)
+
+    def seconds_left(self) -> float | None:
+        """Until the deadline, at least a millisecond; None without one. Rounded, because errors tell it to people."""
+        if self.deadline is None:
+            return None
+        left = self.deadline - time.monotonic()
+        return round(left, 2) if left >= 1 else max(0.001, round(left, 4))

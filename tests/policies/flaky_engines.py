@@ -130,7 +130,7 @@ class Gateway:
         self.prepare = Prepare(self.models, ServerSection(request_timeout=timeout))
         circuits = {models[0].files.name: self.circuit} if section.breaker == "on" else None
         asking = AskEngine(self.models, section, circuits)
-        fallbacks = Fallbacks(self.models, section.fallbacks, timeout=timeout, old=old) if section.fallbacks else None
+        fallbacks = Fallbacks(self.models, section.fallbacks, old=old) if section.fallbacks else None
         attempt: list[Step] = [Authorize(self.models), self.prepare, *steps, asking]
         self.journey = Journey((), self.models, attempt=attempt, fallbacks=fallbacks)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, suppress
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import pytest
 from flaky_engines import FlakyEngine, Gateway, asked, said, served
@@ -20,7 +22,7 @@ from headrace.errors import (
 )
 from headrace.policies import circuit
 from headrace.policies.ask_engine import MODEL_HEADER
-from headrace.types import EngineStatus
+from headrace.types import Call, EngineStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -117,6 +119,39 @@ async def test_what_is_not_the_engines_fault_does_not_count(error: HeadraceError
     gateway = Gateway(served("m", FlakyEngine()), **STRICT)
     await fails(gateway, error, times=5)
     assert gateway.place.breaker.state == "closed"
+
+
+async def test_what_the_server_ends_as_it_stops_does_not_count() -> None:
+    gateway = Gateway(served("m", FlakyEngine()), **STRICT)
+    stopping = EngineUnavailable("The server is stopping.", retry_after=5)
+    stopping.leaving = True
+    await fails(gateway, stopping, times=5)
+    engine = gateway.models.default.engine
+    assert isinstance(engine, FlakyEngine)
+    for _ in range(5):  # amid an answer
+        engine.turns.append([*said("fine")[:2], stopping])
+        with pytest.raises(EngineUnavailable):
+            await gateway.text(asked())
+    await flushed()
+    assert gateway.place.breaker.state == "closed"
+
+
+async def test_time_counts_from_arrival_and_not_from_the_ask() -> None:
+    engine = FlakyEngine()
+    gateway = Gateway(served("m", engine), steps=(slow_step,), timeout=50)
+    await gateway.text(asked(timeout=5.0, started_at=time.monotonic() - 2))
+    await gateway.text(asked(started_at=time.monotonic() - 20))
+    await gateway.text(asked(timeout=1.0, started_at=time.monotonic() - 2))
+    left = [request.timeout or 0.0 for request in engine.requests]
+    assert 2.5 < left[0] <= 2.95
+    assert 29.5 < left[1] <= 29.95
+    assert left[2] == 0.001
+
+
+@asynccontextmanager
+async def slow_step(call: Call) -> AsyncIterator[None]:
+    await asyncio.sleep(0.05)
+    yield
 
 
 async def test_a_deadline_counts_unless_the_client_set_it() -> None:

@@ -50,10 +50,12 @@ def model_name(models: ServedModels, call: Call | None) -> str:
 
 
 def is_trouble(call: Call | None, error: Exception) -> bool:
-    """Whether an operator has to know: not of refusals, of a server that has enough to do, or of a deadline that a client set."""
+    """Whether an operator has to know: not of refusals, of a server that has enough to do or stops, or of a deadline that a client set."""
     if not isinstance(error, HeadraceError):
         return True
     if isinstance(error, DeadlineExceeded) and call is not None and call.timeout is not None:
+        return False
+    if isinstance(error, EngineUnavailable) and error.leaving:
         return False
     return error.status >= 500 and not isinstance(error, Overloaded)
 

@@ -14,10 +14,12 @@ from headrace.config import ResilienceSection
 from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, NotAdmitted, Overloaded, UpstreamError
 from headrace.policies.circuit import Circuit
 from headrace.policies.retry import RetryBudget, may_help, pause
+from headrace.ports import hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Event, GenerateRequest, Outcome
 
 MODEL_HEADER = "x-headrace-model"
+FALLBACK_HEADER = "x-headrace-fallback"
 
 
 class AskEngine:
@@ -65,6 +67,7 @@ class Asking:
     __slots__ = (
         "_asker",
         "_budget",
+        "_call",
         "_circuit",
         "_client_deadline",
         "_epoch",
@@ -83,8 +86,9 @@ class Asking:
         self._model = model
         self._circuit = circuit
         self._budget = budget
+        self._call = call
         self._request: GenerateRequest = call.request
-        self._client_deadline = call.timeout is not None
+        self._client_deadline = call.timeout is not None or FALLBACK_HEADER in call.headers
         self._impatient = call.others_left
         self._epoch = 0
         self._first_token = 0.0
@@ -99,6 +103,15 @@ class Asking:
 
     def __anext__(self) -> Awaitable[list[Event]]:
         return self._next()
+
+    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+        """`ports.HandsOver`, once the first batch was read."""
+        if hands_over(self._source):
+            self._source.hand_to(take)
+
+    def stop(self, error: Exception | None = None) -> None:
+        if hands_over(self._source):
+            self._source.stop(error)
 
     async def aclose(self) -> None:
         """Hang up. Idempotent."""
@@ -120,8 +133,11 @@ class Asking:
     async def _first(self) -> list[Event]:
         """The first batch, at the first attempt or at a later one."""
         began = time.monotonic()
-        timeout = self._request.timeout
         request = self._request
+        if request.timeout is not None and (now_left := self._call.seconds_left()) is not None and now_left != request.timeout:
+            # The steps since it was prepared may have waited.
+            request = self._request = msgspec.structs.replace(request, timeout=now_left)
+        timeout = request.timeout
         self._budget.earn()
         while True:
             try:
@@ -173,8 +189,9 @@ class Asking:
 
     def _counts(self, error: HeadraceError) -> bool:
         """Whether it is the engine's failure. A refused request is the client's, and one that broke alone is its own; so is a deadline
-        that the client set. An engine that is being started is the supervisor's matter, and is trusted once it is ready."""
-        if isinstance(error, NotAdmitted):
+        that the client set, or of which another engine had used up a part. What the server ends as it stops is nobody's. An engine that
+        is being started is the supervisor's matter, and is trusted once it is ready."""
+        if isinstance(error, NotAdmitted) or (isinstance(error, EngineUnavailable) and error.leaving):
             return False
         if isinstance(error, EngineDied):
             return True

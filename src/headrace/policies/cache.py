@@ -152,12 +152,14 @@ class ResponseCache:
         def share(source: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
             call.outcome.cached_price = self._price
             assert call.request is not None
+            # What is left of it after the steps since then.
+            limit = None if timeout is None else call.seconds_left() or timeout
             if call.request.sampling != sampling or call.served_model != model:
                 # A later step has made it another request: cut to a budget, degraded, sent to another model.
                 call.storable = False
             if not call.storable:
-                return Flight().listen(call, source, timeout)
-            listener = flight.listen(call, source, timeout)
+                return Flight().listen(call, source, limit)
+            listener = flight.listen(call, source, limit)
             if listener.generation.first is not call:
                 call.headers[HEADER] = "hit"
             return listener

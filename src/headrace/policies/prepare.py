@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -48,9 +47,9 @@ class Prepare:
     async def __call__(self, call: Call) -> AsyncIterator[None]:
         model = self._models.find(call.model)
         call.served_model = model.files.name
-        timeout = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        call.deadline = call.started_at + (self._timeout if call.timeout is None else min(call.timeout, self._timeout))
         if model.bring is not None:
-            timeout = await _brought(model, call, timeout)
+            await _bring(model, call)
         if model.card is not None:
             refuse_unsupported(model.card, call.sampling)
         if model.tokenizer is None:
@@ -61,7 +60,7 @@ class Prepare:
                 prompt=[],
                 sampling=call.sampling,
                 tenant=call.tenant,
-                timeout=timeout,
+                timeout=call.seconds_left(),
                 priority=call.priority,
                 messages=call.messages or (),
                 text=call.text,
@@ -74,7 +73,7 @@ class Prepare:
                 prompt=prompt,
                 sampling=fit(call, len(prompt), limit),
                 tenant=call.tenant,
-                timeout=timeout,
+                timeout=call.seconds_left(),
                 priority=call.priority,
             )
             call.outcome.prompt_tokens = len(prompt)
@@ -111,9 +110,9 @@ class Prepare:
         return tokens
 
 
-async def _brought(model: ServedModel, call: Call, timeout: float) -> float:
-    """Have the model's words here; the seconds that are left. Raises `ModelNotLoaded`, `ModelTooLarge`, and `InvalidParameter`."""
-    begun = time.monotonic()
+async def _bring(model: ServedModel, call: Call) -> None:
+    """Have the model's words here. Raises `ModelNotLoaded`, `ModelTooLarge`, and `InvalidParameter`."""
+    timeout = call.seconds_left()
     assert model.bring is not None
     try:
         async with asyncio.timeout(timeout):
@@ -125,7 +124,6 @@ async def _brought(model: ServedModel, call: Call, timeout: float) -> float:
     if named and model.tokenizer is not None and max(named) >= model.tokenizer.vocab_size:
         what = "stop_token_ids" if max(named) in call.sampling.stop_token_ids else "logit_bias"
         raise InvalidParameter(f"Token ids are 0 to {model.tokenizer.vocab_size - 1} for this model; `{what}` has one outside.", param=what)
-    return max(0.001, timeout - (time.monotonic() - begun))
 
 
 def context_length(model: ServedModel) -> int:

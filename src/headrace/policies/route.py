@@ -6,20 +6,20 @@ spliced together. Every candidate goes through the steps as if it had been asked
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from headrace.errors import DeadlineExceeded, HeadraceError, NotAdmitted, QueueShareFull, RateLimited, StoreUnavailable
-from headrace.policies.ask_engine import MODEL_HEADER
+from headrace.policies.ask_engine import FALLBACK_HEADER, MODEL_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.degrade import names_token_ids
+from headrace.ports import hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Delta, Event, GenerateRequest, Outcome, Report
 
-HEADER = "x-headrace-fallback"
+HEADER = FALLBACK_HEADER
 """Its value is the code of the error that made a fallback necessary."""
 CANNED = "canned"
 """What the model header says for a configured answer."""
@@ -53,13 +53,12 @@ def candidate(entry: str) -> Candidate:
 
 
 class Fallbacks:
-    """`chains` by the name of the model that was asked for, entries as configured; `timeout` in seconds is a request's longest."""
+    """`chains` by the name of the model that was asked for, entries as configured."""
 
-    def __init__(self, models: ServedModels, chains: Mapping[str, Sequence[str]], *, timeout: float, old: OldAnswers | None = None) -> None:
+    def __init__(self, models: ServedModels, chains: Mapping[str, Sequence[str]], *, old: OldAnswers | None = None) -> None:
         self._models = models
         self._chains = {models.find(name).files.name: tuple(map(candidate, chain)) for name, chain in chains.items()}
         self._chains |= {name: tuple(map(candidate, chain)) for name, chain in chains.items()}
-        self._timeout = timeout
         self._old = old
 
     async def open(self, call: Call, stack: AsyncExitStack, attempt: Attempt) -> AsyncIterator[list[Event]]:
@@ -72,7 +71,7 @@ class Fallbacks:
         chain = self._chains.get(model.files.name) or self._chains.get(model.family, ())
         if not chain:
             return await attempt(call, stack)
-        start = _Start(call, self._timeout)
+        start = _Start(call)
         call.others_left = True
         begun = await _begin(call, stack, attempt)
         if not isinstance(begun, HeadraceError):
@@ -107,18 +106,16 @@ class Fallbacks:
 class _Start:
     """How a call stood before its first candidate."""
 
-    def __init__(self, call: Call, timeout: float) -> None:
-        self._id, self._model, self._timeout = call.id, call.model, call.timeout
+    def __init__(self, call: Call) -> None:
+        self._id, self._model = call.id, call.model
         self._transforms, self._taps = len(call.transforms), len(call.taps)
         self._headers = dict(call.headers)
-        self._deadline = time.monotonic() + (timeout if call.timeout is None else min(timeout, call.timeout))
 
     def again(self, call: Call, number: int, reason: str) -> None:
-        """Make the call ready for another candidate, with the time that is left. What comes now is a fallback's answer."""
+        """Make the call ready for another candidate. What comes now is a fallback's answer."""
         self._clean(call)
         # An id of its own: the bill has a row for each candidate.
         call.id = f"{self._id}-fallback{number}"
-        call.timeout = max(0.001, self._deadline - time.monotonic())
         call.headers[HEADER] = reason
         call.storable = False
 
@@ -126,7 +123,7 @@ class _Start:
         """No fallback could answer: the call is what it was."""
         outcome = call.outcome
         self._clean(call)
-        call.id, call.timeout, call.outcome = self._id, self._timeout, outcome
+        call.id, call.outcome = self._id, outcome
 
     def _clean(self, call: Call) -> None:
         call.model = self._model
@@ -154,6 +151,15 @@ class Begun:
 
     def __anext__(self) -> Awaitable[list[Event]]:
         return self._next()
+
+    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+        """`ports.HandsOver`, where the source is."""
+        if hands_over(self._source):
+            self._source.hand_to(take)
+
+    def stop(self, error: Exception | None = None) -> None:
+        if hands_over(self._source):
+            self._source.stop(error)
 
     async def _again(self) -> list[Event]:
         self._next = self._source.__anext__
