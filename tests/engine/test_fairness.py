@@ -7,7 +7,7 @@ from fake_runner import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.pace import BRISK_STEP, EXPRESS_PREFILL, LEAST_PREFILL, Pace
+from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, Pace
 from headrace.engine.sequence import Job, Sequence
 from headrace.engine.tenants import Tenants
 from headrace.types import GenerateRequest, Sampling
@@ -111,14 +111,14 @@ def test_being_idle_earns_no_credit() -> None:
 
 def test_the_pace_is_learnt_and_outlives_steps_of_one_size() -> None:
     pace = Pace()
-    assert pace.room(0.05, 0) > 10_000
+    assert pace.room(BRISK, 0) > 10_000
     for tokens in (200, 60, 1, 200, 60, 16, 1):
         pace.note(tokens, 0.008 + tokens * 0.0006)
     for _ in range(500):
         pace.note(16, 0.008 + 16 * 0.0006)
     assert abs(pace.per_token - 0.0006) < 0.0002
     assert abs(pace.seconds(16) - 0.0176) < 0.001
-    assert 40 <= pace.room(BRISK_STEP, 16) <= 70
+    assert 40 <= pace.room(BRISK, 16) <= 70
     pace.note(16, 60.0)
     assert pace.seconds(16) < 0.03
 

@@ -8,13 +8,23 @@ any model. Short steps are what lets a newcomer's first token come soon: it wait
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-RELAXED_STEP = 0.15
-"""Seconds that prefill may make a step last while one tenant has the engine to itself: long chunks waste least."""
-BRISK_STEP = 0.05
+
+class Haste(NamedTuple):
+    """How long prefill may make a step last."""
+
+    seconds: float
+    fixed_shares: int
+    """A step is worth at least so many times what it costs before its first token: a large model's steps can't be short."""
+
+
+RELAXED = Haste(0.4, 5)
+"""While one tenant has the engine to itself: long chunks waste least. A step that begins or ends a prompt costs more than its
+tokens do (OpenVINO prepares its operations for the new shape), which `Pace` takes for a price of tokens; with 0.15 s a slow
+machine's chunks shrank until most steps were such ones."""
+BRISK = Haste(0.05, 2)
 """The same while several tenants share the engine, or did so recently."""
-FIXED_SHARES = 2
-"""A step is worth at least so many times what it costs before its first token: a large model's steps can't be short."""
 MEMORY = 60.0
 """Seconds for which the engine remembers that several tenants shared it."""
 LEAST_PREFILL = 16
@@ -54,9 +64,9 @@ class Pace:
         """What a step of so many tokens is expected to take."""
         return self.fixed + self.per_token * tokens
 
-    def room(self, seconds: float, beside: int) -> int:
-        """Prompt tokens that fit in a step of so many seconds beside `beside` decodes; a large number where unknown."""
+    def room(self, haste: Haste, beside: int) -> int:
+        """Prompt tokens that fit in a step of such haste beside `beside` decodes; a large number where unknown."""
         if self.per_token <= 0:
             return 1 << 30
-        seconds = max(seconds, FIXED_SHARES * self.fixed)
+        seconds = max(haste.seconds, haste.fixed_shares * self.fixed)
         return max(0, math.floor((seconds - self.fixed) / self.per_token) - beside)

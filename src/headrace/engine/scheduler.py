@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from headrace.engine.blocks import BlockPool
-from headrace.engine.pace import BRISK_STEP, EXPRESS_PREFILL, LEAST_PREFILL, MEMORY, RELAXED_STEP, Pace
+from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, MEMORY, RELAXED, Pace
 from headrace.engine.prefix import PrefixKeys
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.engine.tenants import COMPLETION_WEIGHT, PROMPT_WEIGHT, Tenant, Tenants
@@ -132,7 +132,7 @@ class Scheduler:
         express = self._newcomers()
         brisk = now < self._shared_until or len(self.tenants) > 1
         beside = 0 if express else len(self.decoding)
-        room = max(self.pace.room(BRISK_STEP if brisk else RELAXED_STEP, beside), LEAST_PREFILL if beside else EXPRESS_PREFILL)
+        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), LEAST_PREFILL if beside else EXPRESS_PREFILL)
         plan = Plan([], [])
         self._fill(plan, min(room, self.step_tokens - beside), express or self.tenants.active())
         self._express = bool(express and plan.chunks)
@@ -163,7 +163,7 @@ class Scheduler:
         """Tenants that wait for a first token and have no other business, if others' decodes would hold them up."""
         if self._express or not self.decoding:
             return []
-        if len(self.decoding) * self.pace.per_token <= EXPRESS_SHARE * BRISK_STEP:
+        if len(self.decoding) * self.pace.per_token <= EXPRESS_SHARE * BRISK.seconds:
             return []
         return [tenant for tenant in self.tenants.active() if not tenant.decoding and (tenant.waiting or tenant.prefilling)]
 
