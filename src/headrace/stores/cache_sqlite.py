@@ -10,10 +10,10 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from headrace.errors import StoreUnavailable
+from headrace.stores.lone_thread import LoneThread
 from headrace.types import CacheSize, CacheTags
 
 OVERHEAD = 256
@@ -70,9 +71,10 @@ _answers = Table(
     Column("size", Integer, nullable=False),
     Column("expires_at", Float, nullable=False),
     Column("used_at", Float, nullable=False),
-    Index("answers_1_used", "used_at", "size"),
     Index("answers_1_expires", "expires_at"),
 )
+_BY_TENANT = Index("answers_1_of_tenant", _answers.c.tenant, _answers.c.used_at, _answers.c.size)
+"""It alone answers how much each tenant has, and which of it is oldest."""
 _PUT = ("key", "value", "tenant", "model", "api_key", "size", "expires_at", "used_at")
 
 
@@ -103,8 +105,23 @@ class _Asked:
     done: asyncio.Future[Any]
 
 
+def equal_share(used: Iterable[int], whole: int) -> int:
+    """Bytes that nobody may have more of, so that all fit into `whole`: what is left free by those who have less is the others'."""
+    left = whole
+    ascending = sorted(used)
+    for place, size in enumerate(ascending):
+        share = left // (len(ascending) - place)
+        if size > share:
+            return share
+        left -= size
+    return whole
+
+
 class SqliteCache:
     """`ports.Cache` in the file `path` (mode 0600), of about `max_bytes`. Nothing is opened before the first use.
+
+    Where it is full, those who have more than an equal share give way, their least recently used answers first: nobody can push out what
+    other tenants have kept.
 
     `clock` is Unix time.
     """
@@ -113,7 +130,7 @@ class SqliteCache:
         self._path = path
         self._max_bytes = max_bytes
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._thread = LoneThread("cache")
         self._waiting: list[_Asked] = []
         self._busy = False
         self._closed = False
@@ -130,10 +147,10 @@ class SqliteCache:
         return found
 
     async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
-        if len(value) + OVERHEAD > self._max_bytes // LARGEST_SHARE:
-            await self._do(lambda connection: connection.execute(delete(_answers).where(_answers.c.key == key)))
-            return
-        await self._do(lambda connection: self._put(connection, key, value, tags, ttl))
+        await self.put_many([(key, value, tags)], ttl)
+
+    async def put_many(self, values: Sequence[tuple[bytes, bytes, CacheTags]], ttl: float) -> None:
+        await self._do(lambda connection: self._put(connection, values, ttl))
 
     async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
         dropped: int = await self._do(lambda connection: self._purge(connection, tenant, model, key))
@@ -149,8 +166,8 @@ class SqliteCache:
             with suppress(StoreUnavailable):
                 await self._do(lambda connection: None, writes=False)
             self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
-            self._thread.shutdown(wait=False)
+            await self._thread.do(self._disconnect)
+            self._thread.close()
 
     # On the event loop
 
@@ -167,7 +184,7 @@ class SqliteCache:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         taken, self._waiting = self._waiting, []
         self._busy = True
-        self._thread.submit(self._work, taken, loop)
+        self._thread.give(partial(self._work, taken, loop))
 
     def _finished(self, results: list[tuple[asyncio.Future[Any], Any]], loop: asyncio.AbstractEventLoop) -> None:
         self._busy = False
@@ -210,6 +227,9 @@ class SqliteCache:
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             try:
                 _metadata.create_all(connection)
+                # Where the file was made before there were shares.
+                connection.exec_driver_sql("DROP INDEX IF EXISTS answers_1_used")
+                _BY_TENANT.create(connection, checkfirst=True)
                 self._bytes = self._count(connection)[1]
             except BaseException:
                 connection.close()
@@ -238,29 +258,42 @@ class SqliteCache:
             self._used[key] = now
         return bytes(value)
 
-    def _put(self, connection: Connection, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+    def _put(self, connection: Connection, values: Sequence[tuple[bytes, bytes, CacheTags]], ttl: float) -> None:
         now = self._clock()
-        size = len(value) + OVERHEAD
-        _driver(connection).execute(_put_sql, (key, value, tags.tenant, tags.model, tags.key, size, now + ttl, now))
-        self._bytes += len(value) + OVERHEAD
-        self._puts += 1
+        puts, rows = self._puts, []
+        for key, value, tags in values:
+            size = len(value) + OVERHEAD
+            if size > self._max_bytes // LARGEST_SHARE:
+                connection.execute(delete(_answers).where(_answers.c.key == key))
+            else:
+                rows.append((key, value, tags.tenant, tags.model, tags.key, size, now + ttl, now))
+                self._bytes += size
+        _driver(connection).executemany(_put_sql, rows)
+        self._puts += len(rows)
         for used, at in self._used.items():
             connection.execute(update(_answers).where(_answers.c.key == used).values(used_at=at))
         self._used.clear()
-        if self._bytes > self._max_bytes or self._puts % RECOUNT == 0:
+        if self._bytes > self._max_bytes or self._puts // RECOUNT > puts // RECOUNT:
             self._make_room(connection, now)
 
     def _make_room(self, connection: Connection, now: float) -> None:
         connection.execute(delete(_answers).where(_answers.c.expires_at <= now))
         self._bytes = self._count(connection)[1]
-        surplus = self._bytes - int(self._max_bytes * ROOM) if self._bytes > self._max_bytes else 0
+        if self._bytes <= self._max_bytes:
+            return
+        sizes = select(_answers.c.tenant, func.sum(_answers.c.size)).group_by(_answers.c.tenant)
+        used = {str(tenant): int(size) for tenant, size in connection.execute(sizes)}
+        share = equal_share(used.values(), int(self._max_bytes * ROOM))
         oldest: list[bytes] = []
-        for row in connection.execute(select(_answers.c.key, _answers.c.size).order_by(_answers.c.used_at)) if surplus > 0 else ():
-            if surplus <= 0:
-                break
-            oldest.append(row.key)
-            surplus -= row.size
-            self._bytes -= row.size
+        for tenant, size in used.items():
+            surplus = size - share
+            found = select(_answers.c.key, _answers.c.size).where(_answers.c.tenant == tenant).order_by(_answers.c.used_at)
+            for row in connection.execute(found) if surplus > 0 else ():
+                if surplus <= 0:
+                    break
+                oldest.append(row.key)
+                surplus -= row.size
+                self._bytes -= row.size
         for begin in range(0, len(oldest), 500):
             connection.execute(delete(_answers).where(_answers.c.key.in_(oldest[begin : begin + 500])))
 
