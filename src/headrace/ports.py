@@ -59,11 +59,19 @@ class Engine(Protocol):
         ...
 
 
+class Taker(Protocol):
+    """Takes batches the moment they are there."""
+
+    def take(self, batch: list[Event]) -> bool:
+        """False: not now, it is to be read instead. Raises nothing."""
+        ...
+
+
 class HandsOver(Protocol):
     """A source of events that can hand a batch over the moment it is there, while its reader waits for one."""
 
-    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
-        """From now on `take` is asked first; what it returns False for is read, and so is the last batch, that with the `Report`."""
+    def hand_to(self, taker: Taker) -> None:
+        """From now on `taker` is asked first; what it doesn't take is read, and so is the last batch, that with the `Report`."""
         ...
 
     def stop(self, error: Exception | None = None) -> None:
@@ -444,6 +452,15 @@ class Cache(Protocol):
 
     async def close(self) -> None:
         """Let go of files and connections. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class PutsMany(Protocol):
+    """A cache that takes many values in one go. Raises `StoreUnavailable`."""
+
+    async def put_many(self, values: Sequence[tuple[bytes, bytes, CacheTags]], ttl: float) -> None:
+        """As `Cache.put`, for each key with its value and tags."""
         ...
 
 

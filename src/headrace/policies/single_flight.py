@@ -3,6 +3,9 @@
 The generation runs in a task of its own, so that no listener's slow reading, and no listener's end, is felt by another. Whoever begins it
 pays for its tokens. When the payer leaves, the one who has listened longest takes over the bill for what is generated from then on; when
 the last one leaves, it is cancelled.
+
+The task has the first batch and the last one to do, and what finds somebody slow. All others go from the source straight to the listeners
+who wait for them, and from there to where they are written (`ports.HandsOver`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable
 from headrace.policies.stored_answer import StoredAnswer
@@ -25,7 +28,7 @@ AT_ONCE = 8
 class Generation:
     """One run of an engine, and those who listen to it. Its task ends with the source, or when nobody listens any more."""
 
-    __slots__ = ("_task", "batches", "error", "first", "generated", "listeners", "over", "payer", "prompt_paid", "room", "stored")
+    __slots__ = ("_room", "_task", "batches", "error", "first", "generated", "listeners", "over", "payer", "prompt_paid", "stored")
 
     def __init__(self, first: Call, source: AsyncIterator[list[Event]]) -> None:
         self.first = first
@@ -39,8 +42,8 @@ class Generation:
         self.generated = 0
         self.prompt_paid = False
         self.stored = False
-        self.room = asyncio.Event()
-        """Set whenever a listener has read on, or come, or gone."""
+        self._room: asyncio.Future[None] | None = None
+        """What the task waits for while it is too far ahead."""
         self._task = asyncio.create_task(self._run(source), name=f"generation {first.id}")
 
     @property
@@ -82,15 +85,35 @@ class Generation:
             listener.call.outcome.own_prompt_tokens = listener.call.outcome.prompt_tokens
             self.prompt_paid = True
 
+    def read_on(self) -> None:
+        """A listener has read what it was given."""
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
+
+    @property
+    def _far_ahead(self) -> bool:
+        return len(self.batches) - max([listener.at for listener in self.listeners], default=0) > AHEAD
+
     async def _run(self, source: AsyncIterator[list[Event]]) -> None:
         try:
-            async with _closing(source):
+            try:
+                handed_over = False
                 async for batch in source:
                     self._took(batch)
-                    while len(self.batches) - max([listener.at for listener in self.listeners], default=0) > AHEAD:
+                    while self._far_ahead:
                         # Nobody reads as fast as that. What is generated meanwhile is the engine client's to hold back.
-                        self.room.clear()
-                        await self.room.wait()
+                        room = self._room = asyncio.get_running_loop().create_future()
+                        await room
+                    if not handed_over:
+                        handed_over = True
+                        hand_to = getattr(source, "hand_to", None)
+                        if hand_to is not None:
+                            hand_to(self._take)
+            finally:
+                close = getattr(source, "aclose", None)
+                if close is not None:
+                    await close()
         except asyncio.CancelledError as error:
             self.error = error
             raise
@@ -101,16 +124,25 @@ class Generation:
             for listener in self.listeners:
                 listener.wake()
 
+    def _take(self, batch: list[Event]) -> bool:
+        """A batch that comes while the task waits for one, and doesn't wake it."""
+        if self._far_ahead:
+            return False
+        self._took(batch)
+        return True
+
     def _took(self, batch: list[Event]) -> None:
         self.batches.append(batch)
-        assert self.payer is not None, "whoever begins a generation listens to it"
-        outcome = self.payer.call.outcome
+        payer = self.payer
+        assert payer is not None, "whoever begins a generation listens to it"
+        outcome = payer.call.outcome
         own = outcome.own_completion_tokens or 0
         for event in batch:
-            if isinstance(event, Delta):
-                own += len(event.tokens)
-                self.generated += len(event.tokens)
-            elif isinstance(event, Report):
+            if type(event) is Delta:
+                made = len(event.tokens)
+                own += made
+                self.generated += made
+            elif type(event) is Report:
                 # Tokens that a stop string held back were generated too, and a remote engine's are counted only now.
                 own = max(0, own + event.completion_tokens - self.generated)
                 self.generated = event.completion_tokens
@@ -119,7 +151,7 @@ class Generation:
                     self.prompt_paid = True
         outcome.own_completion_tokens = own
         for listener in self.listeners:
-            listener.wake()
+            listener.offer(batch)
 
 
 class Listener:
@@ -128,7 +160,22 @@ class Listener:
     Raises the generation's error, and `DeadlineExceeded` at the call's own deadline.
     """
 
-    __slots__ = ("_began_at", "_first_at", "_flight", "_late", "_source", "_timeout", "_timer", "_waiter", "at", "call", "generation")
+    __slots__ = (
+        "_began_at",
+        "_error",
+        "_first_at",
+        "_flight",
+        "_late",
+        "_source",
+        "_stopped",
+        "_take",
+        "_timeout",
+        "_timer",
+        "_waiter",
+        "at",
+        "call",
+        "generation",
+    )
 
     def __init__(self, flight: Flight, call: Call, source: AsyncIterator[list[Event]], timeout: float | None) -> None:
         self._flight = flight
@@ -142,6 +189,9 @@ class Listener:
         """Batches that it was given."""
         self._timeout = timeout
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[list[Event]], bool] | None = None
+        self._stopped = False
+        self._error: Exception | None = None
         self._late = False
         self._timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, self._deadline)
         self.generation = flight.joined(self, source)
@@ -152,13 +202,15 @@ class Listener:
     async def __anext__(self) -> list[Event]:
         generation = self.generation
         while True:
+            if self._stopped:
+                raise self._error or StopAsyncIteration
             if self.at < len(generation.batches):
                 if self.at == 0 and generation.first is not self.call:
                     self._as_the_first_was_served(generation.first)
                 new = generation.batches[self.at : self.at + AT_ONCE]
                 self.at += len(new)
                 self._first_at = self._first_at or time.monotonic()
-                generation.room.set()
+                generation.read_on()
                 return self._told(new)
             if generation.over:
                 if isinstance(generation.error, DeadlineUnmeetable) and generation.first is not self.call and not self.at:
@@ -182,6 +234,31 @@ class Listener:
         if cancelled is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([cancelled])
+
+    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+        """`ports.HandsOver`."""
+        self._take = take
+
+    def stop(self, error: Exception | None = None) -> None:
+        """`ports.HandsOver`."""
+        self._take = None
+        self._stopped, self._error = True, error
+        self.wake()
+
+    def offer(self, batch: list[Event]) -> None:
+        """The newest batch of the generation: to be taken at once by who waits for it, or read later. The last one is read."""
+        take, waiter = self._take, self._waiter
+        if (
+            take is not None
+            and waiter is not None
+            and not waiter.done()
+            and self.at == len(self.generation.batches) - 1
+            and type(batch[-1]) is not Report
+            and take(batch[:])
+        ):
+            self.at += 1
+            return
+        self.wake()
 
     def wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -244,13 +321,3 @@ class Flight:
             self.generation = Generation(listener.call, source)
         self.generation.take_in(listener)
         return self.generation
-
-
-@contextlib.asynccontextmanager
-async def _closing(source: AsyncIterator[list[Event]]) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            await close()

@@ -67,10 +67,15 @@ def joined(events: Iterable[Event]) -> list[Delta | PromptScores]:
     """Each choice's neighbouring deltas as one, of `PIECE` tokens or more; the order of a choice's own events stays."""
     out: list[Delta | PromptScores] = []
     gathered: dict[int, list[Delta]] = {}
+    counts: dict[int, int] = {}
 
     def flush(choice: int) -> None:
         deltas = gathered.pop(choice)
+        counts[choice] = 0
         last = deltas[-1]
+        if len(deltas) == 1:
+            out.append(last)
+            return
         out.append(
             Delta(
                 choice,
@@ -87,10 +92,11 @@ def joined(events: Iterable[Event]) -> list[Delta | PromptScores]:
         if isinstance(event, PromptScores):
             out.append(event)
         elif isinstance(event, Delta):
-            deltas = gathered.setdefault(event.choice, [])
-            deltas.append(event)
-            if event.finish is not None or sum(len(delta.tokens) for delta in deltas) >= PIECE:
-                flush(event.choice)
+            choice = event.choice
+            gathered.setdefault(choice, []).append(event)
+            counts[choice] = counts.get(choice, 0) + len(event.tokens)
+            if event.finish is not None or counts[choice] >= PIECE:
+                flush(choice)
     for choice in [*gathered]:
         flush(choice)
     return out

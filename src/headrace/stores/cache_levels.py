@@ -20,13 +20,18 @@ from headrace.errors import StoreUnavailable
 from headrace.logs import REQUEST_ID
 from headrace.ports import Cache, Sized
 from headrace.stores.cache_memory import MemoryCache
+from headrace.stores.cache_together import put_many
 from headrace.types import CacheSize, CacheTags
 
 READ_TIMEOUT = 0.25
 """Seconds that a request waits for the second level."""
 WRITE_TIMEOUT = 5.0
-MOST_WRITES = 64
-"""Writes under way at once; what comes on top is kept in memory only."""
+GATHER = 0.02
+"""Seconds that a value waits for others to be written with."""
+MOST_AT_ONCE = 64
+MOST_WAITING = 1024
+MOST_BYTES_WAITING = 32 * 1048576
+"""Values that wait to be written, and their bytes; what comes on top is kept in memory only."""
 PAUSE = 2.0
 """Seconds in which a second level that failed is left alone."""
 LOOK = 0.5
@@ -74,9 +79,12 @@ class CacheLevels:
         self.purges = 0
         self._mark: bytes | None = None
         self._rest_until = 0.0
-        self._writing: set[asyncio.Task[None]] = set()
+        self._waiting: list[tuple[bytes, bytes, CacheTags]] = []
+        self._waiting_bytes = 0
+        self._writing: asyncio.Task[None] | None = None
+        self._under_way: asyncio.Future[None] | None = None
+        """Done when the write that has begun is over."""
         self._watching: asyncio.Task[None] | None = None
-        self._writes_allowed = asyncio.Semaphore(4)
 
     def recall(self, key: bytes) -> bytes | None:
         found = self._memory.recall(key)
@@ -125,24 +133,27 @@ class CacheLevels:
         if self._second is None:
             return
         self._watch()
-        if len(self._writing) >= MOST_WRITES or time.monotonic() < self._rest_until:
+        packed = _packed(self._clock() + self._ttl, tags, value)
+        full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + len(packed) > MOST_BYTES_WAITING
+        if full or time.monotonic() < self._rest_until:
             self.counts.writes_dropped += 1
             return
-        task = asyncio.create_task(self._write(self._second, key, _packed(self._clock() + self._ttl, tags, value), tags))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
+        self._waiting.append((key, packed, tags))
+        self._waiting_bytes += len(packed)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write(self._second), name="cache writes")
 
     async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
         """Drop entries on all levels, here at once and in other processes' memory within a second; the number of them.
 
         Raises `StoreUnavailable` if the second level can't be reached: then nothing is purged but this process's memory.
         """
-        self.purges += 1
+        self._purged()
         dropped = await self._memory.purge(tenant=tenant, model=model, key=key)
         if self._second is None:
             return dropped
-        if self._writing:
-            await asyncio.wait(self._writing)
+        if self._under_way is not None:
+            await asyncio.shield(self._under_way)
         dropped = max(dropped, await self._second.purge(tenant=tenant, model=model, key=key))
         self._mark = os.urandom(16)
         await self._second.put(_MARK, self._mark, _OURS, self._ttl + self._grace + 60)
@@ -166,20 +177,42 @@ class CacheLevels:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
             self._watching = None
-        if self._writing:
-            await asyncio.wait(self._writing, timeout=WRITE_TIMEOUT)
+        if self._writing is not None:
+            await asyncio.wait((self._writing,), timeout=WRITE_TIMEOUT)
         if self._second is not None:
             await self._second.close()
 
-    async def _write(self, second: Cache, key: bytes, value: bytes, tags: CacheTags) -> None:
-        purges = self.purges
+    async def _write(self, second: Cache) -> None:
+        """Write what waits, many values in one go, until nothing came for a while."""
+        REQUEST_ID.set("")  # it works for all, whoever was the first
         try:
-            async with self._writes_allowed, asyncio.timeout(WRITE_TIMEOUT):
-                if purges == self.purges:
-                    await second.put(key, value, tags, self._ttl + self._grace)
-                    self.counts.writes += 1
+            while True:
+                await asyncio.sleep(GATHER)
+                if not self._waiting:
+                    return
+                while self._waiting:
+                    values, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
+                    await self._write_some(second, values)
+        finally:
+            self._writing = None
+
+    async def _write_some(self, second: Cache, values: list[tuple[bytes, bytes, CacheTags]]) -> None:
+        self._waiting_bytes -= sum(len(value) for _, value, _ in values)
+        under_way = self._under_way = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT):
+                await put_many(second, values, self._ttl + self._grace)
+                self.counts.writes += len(values)
         except (StoreUnavailable, TimeoutError) as error:
             self._failed("write", error)
+        finally:
+            self._under_way = None
+            under_way.set_result(None)
+
+    def _purged(self) -> None:
+        """What was kept until now is not to be written any more."""
+        self.purges += 1
+        self._waiting, self._waiting_bytes = [], 0
 
     def _failed(self, what: str, error: Exception) -> None:
         self.counts.errors += 1
@@ -205,7 +238,7 @@ class CacheLevels:
             if mark is not None and mark != self._mark:
                 self._mark = mark
                 if not first:
-                    self.purges += 1
+                    self._purged()
                 self._memory.clear()
             first = False
             await asyncio.sleep(LOOK)

@@ -7,10 +7,12 @@ purges go by them.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from hashlib import blake2b, scrypt
 from typing import Any
 
 from headrace.ports import Cache, Sized
+from headrace.stores.cache_together import put_many
 from headrace.types import CacheSize, CacheTags
 
 _SALT = b"headrace response cache 1"
@@ -47,9 +49,10 @@ class SealedCache:
         return opened
 
     async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
-        name = self._name(key)
-        nonce = os.urandom(_NONCE)
-        await self._inner.put(name, nonce + self._cipher.encrypt(nonce, value, name), tags, ttl)
+        await self.put_many([(key, value, tags)], ttl)
+
+    async def put_many(self, values: Sequence[tuple[bytes, bytes, CacheTags]], ttl: float) -> None:
+        await put_many(self._inner, [(*self._sealed(key, value), tags) for key, value, tags in values], ttl)
 
     async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
         return await self._inner.purge(tenant=tenant, model=model, key=key)
@@ -59,6 +62,11 @@ class SealedCache:
 
     async def close(self) -> None:
         await self._inner.close()
+
+    def _sealed(self, key: bytes, value: bytes) -> tuple[bytes, bytes]:
+        name = self._name(key)
+        nonce = os.urandom(_NONCE)
+        return name, nonce + self._cipher.encrypt(nonce, value, name)
 
     def _name(self, key: bytes) -> bytes:
         return blake2b(key, key=self._names, digest_size=32).digest()

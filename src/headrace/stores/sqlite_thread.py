@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+
+from headrace.stores.lone_thread import LoneThread
 
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
 """Of every connection. FULL: what was committed survives the loss of power, which bills have to."""
@@ -17,7 +17,7 @@ class SqliteThread:
     def __init__(self, path: str, timeout: float) -> None:
         self._path = path
         self._timeout = timeout
-        self._executor: ThreadPoolExecutor | None = None
+        self._thread = LoneThread("sqlite")
         self._connection: sqlite3.Connection | None = None
 
     async def run(self, work: Callable[[sqlite3.Connection], None]) -> None:
@@ -25,15 +25,11 @@ class SqliteThread:
 
         Whoever stops waiting for it doesn't end it.
         """
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._transact, work)
+        await self._thread.do(lambda: self._transact(work))
 
     def close(self) -> None:
         """Waits for what is under way. Idempotent."""
-        if self._executor is not None:
-            self._executor.shutdown()
-            self._executor = None
+        self._thread.close()
         self._let_go()
 
     def _transact(self, work: Callable[[sqlite3.Connection], None]) -> None:
