@@ -139,7 +139,7 @@ def test_the_sheddable_make_room_and_no_tenant_is_refused_for_anothers_crowd(ser
     critical = new_key(server, "--priority", "critical")["secret"]
     other = new_key(server)["secret"]
     with ThreadPoolExecutor(24) as pool:
-        running = crowd(pool, server, SLOTS, 400)
+        running = crowd(pool, server, SLOTS, 250)
         eventually(lambda: inside(server, "running") == SLOTS, what="first tokens")
         waiting = crowd(pool, server, 6, 5, Headrace_Priority="sheddable")
         important = pool.submit(ask, server, 5, key=critical, Headrace_Priority="critical")
@@ -176,8 +176,17 @@ def test_priority_goes_first(server: RunningServer) -> None:
 
 
 def test_a_flood_is_queued_and_refused_beyond_that_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with RunningServer(tmp_path, f"echo?pace={PACE}", "--max-sequences", str(SLOTS)) as running, ThreadPoolExecutor(64) as pool:
-        answers = [each.result() for each in [pool.submit(ask, running, 4) for _ in range(64)]]
+    target = {"HEADRACE_TTFT_TARGET": "0.3"}  # beyond it requests are held back before the engine
+    with (
+        RunningServer(tmp_path, f"echo?pace={PACE}", "--max-sequences", str(SLOTS), environment=target) as running,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        ask(running, 10)
+        asked = crowd(pool, running, SLOTS, 60)
+        asked += [pool.submit(ask, running, 2) for _ in range(62)]
+        # Those count where the processes are listed, too.
+        eventually(lambda: running.ps()["workers"][0]["waiting"] == 62, what="a queue")
+        answers = [each.result() for each in asked]
         assert [answer.status_code for answer in answers] == [200] * 64
         with running.client.stream("POST", "/chat/batch", json=[{"prompt": "hi", "max_length": 2}] * 64) as batch:
             results = json.loads(batch.read())["results"]

@@ -192,7 +192,7 @@ def test_a_long_queue_degrades_and_no_degraded_answer_is_kept(tmp_path: Path) ->
         response_cache="on",
     )
     with RunningServer(tmp_path, "echo?pace=0.02", environment=environment) as server, ThreadPoolExecutor(8) as crowd, ExitStack() as later:
-        running = [crowd.submit(ask, server.url, "x" * 100 + str(number)) for number in range(4)]
+        running = [crowd.submit(ask, server.url, "x" * 50 + str(number)) for number in range(4)]
         later.callback(lambda: [each.result() for each in running])
         eventually(lambda: next(line for line in server.ps()["workers"] if line["model"] == "echo")["waiting"] >= 2, what="a queue")
         time.sleep(0.12)  # an engine's word on its queue is believed so long

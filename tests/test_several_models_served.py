@@ -147,7 +147,8 @@ aliases = ["canary"]
 [models."chat@3"]
 model = "echo?says=something else entirely"
 [models."chat@slow"]
-model = "echo?says=the old answer&pace=0.3"
+model = "echo?says=the old answer&pace=0.2"
+golden = []
 [aliases.mix]
 split = {"chat@1" = 1, "chat@2" = 1}
 [aliases.watched]

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from headrace.config import GoldenPrompt
 from headrace.engines import EngineClient
-from headrace.models.template import load_template
-from headrace.models.tokenizer import load_tokenizer
 from headrace.types import Delta, GenerateRequest, Message, ModelFiles, Sampling
 
 MOST_TOKENS = 32
@@ -25,6 +23,10 @@ _numbers = itertools.count(1)
 
 async def answers(files: ModelFiles, socket: Path, prompts: Sequence[GoldenPrompt]) -> list[str]:
     """Greedy answers of the model whose worker is behind that socket. Raises `HeadraceError` where it doesn't answer."""
+    # Of the supervisor's start, which imports this, they would be a fifth.
+    from headrace.models.template import load_template
+    from headrace.models.tokenizer import load_tokenizer
+
     own_words = files.kind == "remote"
     tokenizer, template = (None, None) if own_words else await asyncio.to_thread(lambda: (load_tokenizer(files), load_template(files)))
     client = EngineClient(str(socket))

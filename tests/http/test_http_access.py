@@ -15,15 +15,15 @@ pytestmark = pytest.mark.anyio
 OPEN_TO_ALL = {"/health", "/health/live", "/health/ready", "/health/startup", "/docs", "/openapi.json"}
 
 
-@pytest.mark.slow
 async def test_every_route_needs_a_key() -> None:
     """The list is the application's own: a route that is added without a gate fails here."""
     closed = house(auth="keys")
     routes = [route for route in closed.stand.app.routes if isinstance(route, AnyRoute)]
     assert {route.path for route in routes} > OPEN_TO_ALL
-    async with client(closed.stand) as http:
-        for route in routes:
-            path = route.path.replace("{model:path}", "echo-1").replace("{id}", "key_1").replace("{name}", "acme")
+    for number, route in enumerate(routes):
+        path = route.path.replace("{model:path}", "echo-1").replace("{id}", "key_1").replace("{name}", "acme")
+        # An address that tries many bad keys has to wait.
+        async with client(closed.stand, f"192.0.2.{number}") as http:
             for method in route.methods or ():
                 answer = await http.request(method, path)
                 if route.path in OPEN_TO_ALL:
@@ -32,7 +32,7 @@ async def test_every_route_needs_a_key() -> None:
                     assert answer.status_code == 401, f"{method} {path} answers without a key"
                     assert answer.headers["www-authenticate"] == "Bearer"
                     bad = await http.request(method, path, headers=bearer("hr-" + "0" * 43))
-                    assert bad.status_code in (401, 429), f"{method} {path} answers with a wrong key"
+                    assert bad.status_code == 401, f"{method} {path} answers with a wrong key"
 
 
 async def test_a_route_without_a_gate_lets_nobody_in() -> None:

@@ -6,14 +6,17 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import httpx
+from typing import TYPE_CHECKING
 
 from headrace.errors import ModelError
 from headrace.models.cache import sha256
 from headrace.models.progress import Advance, log
 
-TIMEOUT = httpx.Timeout(30.0, connect=20.0)
+if TYPE_CHECKING:
+    import httpx
+
+TIMEOUT = (20.0, 30.0, 30.0, 30.0)
+"""Seconds to connect, read, write and wait for a connection."""
 _TRIES = 5
 _FIRST_PAUSE = 0.5
 
@@ -39,6 +42,8 @@ def download(client: httpx.Client, file: RemoteFile, destination: Path, advance:
     Tries again with growing pauses (first `pause` seconds) as long as the transfer breaks off without bringing anything.
     Raises `ModelError`.
     """
+    import httpx
+
     destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(destination.name + ".part")
     fruitless = 0

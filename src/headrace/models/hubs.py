@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
-import httpx
 import msgspec
 
 from headrace.errors import ModelError
 from headrace.models.address import Repository
 from headrace.models.download import TIMEOUT, RemoteFile
+
+if TYPE_CHECKING:
+    import httpx
 
 _MOST_FILES = 10_000
 _LONGEST_LISTING = 64 * 2**20
@@ -45,6 +47,8 @@ def hub_client(repository: Repository) -> HubClient:
 
 
 def _connection(token: str | None) -> httpx.Client:
+    import httpx
+
     headers = {"User-Agent": "headrace"}
     if token:
         # httpx drops it when a redirect leads to another host.
@@ -104,6 +108,8 @@ class ModelScope:
 
 
 def _get_json(connection: httpx.Client, url: str, repository: Repository) -> dict[str, Any]:
+    import httpx
+
     try:
         with connection.stream("GET", url) as response:
             status = response.status_code
