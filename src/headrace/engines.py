@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -37,7 +37,7 @@ from headrace.engine.frames import (
 )
 from headrace.engine.step_notes import LastStep, notes_path, read_last_step
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, ModelNotLoaded, revive
-from headrace.ports import Meters
+from headrace.ports import Meters, TakesBatch
 from headrace.quarantine import Quarantine, convicted, fingerprint
 from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, PromptScores, Report, Resume
 from headrace.waiting import Bounds, Queue
@@ -91,9 +91,11 @@ class _Stream:
         "scored",
         "seen",
         "slot",
+        "stopped",
         "submissions",
         "submitted_at",
         "suspect",
+        "take",
         "timer",
         "waiter",
     )
@@ -114,7 +116,7 @@ class _Stream:
         """Whether it waits for its reader: `coming` until its worker has let go of it."""
         self.began = False
         """True once a worker has sent anything for it."""
-        self.generated: list[list[int]] = [[] for _ in range(request.sampling.n)]
+        self.generated: tuple[list[int], ...] = tuple([[] for _ in range(request.sampling.n)])
         """The tokens of each choice that have arrived: what another worker goes on from."""
         self.ended: set[int] = set()
         """Choices."""
@@ -141,7 +143,11 @@ class _Stream:
         self.slot: int | None = None
         """Where it is counted, from the first submission to the last engine's end; -1 for a request that is on no bill."""
         self.done = False
-        self.error: HeadraceError | None = None
+        self.error: Exception | None = None
+        self.take: TakesBatch | None = None
+        """Asked first while the reader waits."""
+        self.stopped = False
+        """`take` wants no more of it."""
         self.waiter: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -156,7 +162,7 @@ class _Stream:
         generated = self.generated
         for event in events:
             if type(event) is Delta:
-                generated[event.choice] += event.tokens
+                generated[event.choice].extend(event.tokens)
                 if event.finish is not None:
                     self.ended.add(event.choice)
             elif type(event) is PromptScores:
@@ -184,6 +190,80 @@ class _Stream:
         if not self.done and self.error is None:
             self.error = error
             self.wake()
+
+
+class Reading:
+    """Event batches of one request. `ports.HandsOver`, too."""
+
+    __slots__ = ("_client", "_over", "_request", "_stream")
+
+    def __init__(self, client: EngineClient, request: GenerateRequest) -> None:
+        self._client = client
+        self._request = request
+        self._stream: _Stream | None = None
+        self._over = False
+
+    def __aiter__(self) -> Reading:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if self._over:
+            raise StopAsyncIteration
+        stream = self._stream
+        try:
+            if stream is None:
+                stream = self._stream = self._client._open(self._request)
+            while True:
+                if stream.pending:
+                    return _read(stream)
+                if stream.done:
+                    raise StopAsyncIteration
+                if stream.error is not None:
+                    raise stream.error
+                stream.waiter = asyncio.get_running_loop().create_future()
+                await stream.waiter
+                if stream.stopped:
+                    raise stream.error or StopAsyncIteration
+        except BaseException:
+            self._close()
+            raise
+
+    def hand_to(self, take: TakesBatch) -> None:
+        if self._stream is not None:
+            self._stream.take = take
+
+    def stop(self, error: Exception | None = None) -> None:
+        stream = self._stream
+        if stream is not None:
+            stream.take = None
+            stream.stopped = True
+            stream.error = error
+            stream.wake()
+
+    async def aclose(self) -> None:
+        """Hang up. Idempotent."""
+        self._close()
+
+    def _close(self) -> None:
+        if not self._over:
+            self._over = True
+            if self._stream is not None:
+                self._stream.take = None
+                self._stream.home._forget(self._stream)
+
+
+def _read(stream: _Stream) -> list[Event]:
+    """What has arrived, or as much of it as a slow reader gets at once."""
+    batch = stream.pending
+    if stream.held:
+        batch = _portion(batch)
+        stream.pending = stream.pending[len(batch) :]
+    else:
+        stream.pending = []
+    stream.home._was_read(stream)
+    if stream.slot is not None and stream.slot >= 0:
+        stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
+    return batch
 
 
 class EngineClient:
@@ -345,33 +425,14 @@ class EngineClient:
 
     # Requests
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Event]]:
-        """Events of one request. Closing the generator cancels it in the worker.
+    def generate(self, request: GenerateRequest) -> Reading:
+        """Events of one request, which is submitted when they are first read. Closing the iterator cancels it in the worker.
 
-        Raises what the engine raised; `EngineDied` if the worker died under way and another can't go on; `RequestQuarantined` if workers
-        die of it; `EngineUnavailable` or `DeadlineExceeded` if none was there in time; `BodyTooLarge` if the request doesn't fit a frame.
+        Reading raises what the engine raised; `EngineDied` if the worker died under way and another can't go on; `RequestQuarantined` if
+        workers die of it; `EngineUnavailable` or `DeadlineExceeded` if none was there in time; `BodyTooLarge` if the request doesn't fit
+        a frame.
         """
-        stream = self._open(request)
-        try:
-            while True:
-                if stream.pending:
-                    batch = stream.pending
-                    if stream.held:
-                        batch = _portion(batch)
-                    stream.pending = stream.pending[len(batch) :]
-                    stream.home._was_read(stream)
-                    if stream.slot is not None and stream.slot >= 0:
-                        stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
-                    yield batch
-                elif stream.done:
-                    return
-                elif stream.error is not None:
-                    raise stream.error
-                else:
-                    stream.waiter = asyncio.get_running_loop().create_future()
-                    await stream.waiter
-        finally:
-            stream.home._forget(stream)
+        return Reading(self, request)
 
     def _open(self, request: GenerateRequest) -> _Stream:
         refusal = self._closed or self._unavailable or self.quarantined.refusal(request)
@@ -588,21 +649,24 @@ class EngineClient:
                 stream = submitted.get(handle)
                 if stream is None:
                     # The report was under way when it was cancelled, and the worker found nothing to cancel.
-                    if type(report := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
-                        self._counted(left, report, cut=True)
+                    if type(last := events[-1]) is Report and (left := self._left.pop(handle, None)) is not None:
+                        self._counted(left, last, cut=True)
                         self._tell_if_empty()
                     continue
                 stream.take_note(events)
-                if stream.submissions > 1 and type(events[-1]) is Report:
-                    events[-1] = stream.whole(events[-1])
+                report = last if type(last := events[-1]) is Report else None
+                if report is not None and stream.submissions > 1:
+                    report = events[-1] = stream.whole(report)
                 if stream.pending:
                     stream.pending += events
                     stream.held += sum(map(_weight, events))
                     if stream.held > HELD:
                         self._is_behind(stream, connection)
+                elif report is None and stream.take is not None and stream.waiter is not None and _handed_over(stream, stream.take, events):
+                    continue
                 else:
                     stream.pending = events
-                if type(report := events[-1]) is Report:
+                if report is not None:
                     stream.done = True
                     del submitted[handle]
                     self._counted(stream, report)
@@ -793,6 +857,17 @@ class EngineClient:
 
 def _at_deadline(stream: _Stream) -> None:
     stream.home._at_deadline(stream)
+
+
+def _handed_over(stream: _Stream, take: TakesBatch, events: list[Event]) -> bool:
+    """Whether they were taken at once, of a stream whose reader waits for them."""
+    if not take(events):
+        return False
+    if stream.slot is not None and stream.slot >= 0:
+        for event in events:
+            if type(event) is Delta:
+                stream.seen += len(event.tokens)
+    return True
 
 
 def _weight(event: Event) -> int:

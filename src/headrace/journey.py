@@ -26,7 +26,7 @@ from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
 from headrace.policies.route import Fallbacks
 from headrace.policies.shadow import Shadow, Told
-from headrace.ports import Answers, Books, Limits, Step, hands_over
+from headrace.ports import Answers, Books, HandsOver, Limits, Step, hands_over
 from headrace.served import ServedModels
 from headrace.types import Call, Event, Sink
 
@@ -112,7 +112,8 @@ class Journey:
                         break
                     if call.sink is not None and not handed_over:
                         handed_over = True
-                        _hand_over(call, call.sink, source)
+                        if hands_over(source):
+                            source.hand_to(_Passing(call, call.sink, source).take)
             except BaseException as error:
                 # Set before the steps leave: they settle by it. A hang-up arrives here as GeneratorExit or CancelledError.
                 call.outcome.error = error
@@ -143,26 +144,38 @@ def _passed(call: Call, batch: list[Event]) -> list[Event]:
     return batch
 
 
-def _hand_over(call: Call, sink: Sink, source: AsyncIterator[list[Event]]) -> None:
-    """From now on batches go from the source to the sink directly, whenever both are ready; else they are read, as ever."""
-    if not hands_over(source):
-        return
+class _Passing:
+    """Batches go from the source to the sink directly, whenever both are ready; else they are read, as ever.
 
-    def take(batch: list[Event]) -> bool:
+    For each token it is found in memory that other things have taken the caches' room of since the last: so it looks at little.
+    """
+
+    __slots__ = ("_call", "_outcome", "_sink", "_source")
+
+    def __init__(self, call: Call, sink: Sink, source: HandsOver) -> None:
+        self._call = call if call.transforms or call.taps else None
+        self._outcome = call.outcome
+        self._sink = sink
+        self._source = source
+
+    def take(self, batch: list[Event]) -> bool:
+        sink, call = self._sink, self._call
         if not sink.ready():
             return False
         try:
+            if call is None:
+                self._outcome.note(batch)
+                sink.put(batch)
+                return True
             batch = _passed(call, batch)
             if batch:
                 sink.put(batch)
         except Exception as error:  # noqa: BLE001 - it is this call's, and raised in its own task; the source is at work for others, too
-            source.stop(error)
+            self._source.stop(error)
         else:
             if call.ended:
-                source.stop()
+                self._source.stop()
         return True
-
-    source.hand_to(take)
 
 
 async def _close(source: AsyncIterator[list[Event]]) -> None:

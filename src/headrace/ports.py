@@ -59,19 +59,15 @@ class Engine(Protocol):
         ...
 
 
-class Taker(Protocol):
-    """Takes batches the moment they are there."""
-
-    def take(self, batch: list[Event]) -> bool:
-        """False: not now, it is to be read instead. Raises nothing."""
-        ...
+TakesBatch = Callable[[list[Event]], bool]
+"""Takes a batch the moment it is there. False: not now, it is to be read instead. Raises nothing."""
 
 
 class HandsOver(Protocol):
     """A source of events that can hand a batch over the moment it is there, while its reader waits for one."""
 
-    def hand_to(self, taker: Taker) -> None:
-        """From now on `taker` is asked first; what it doesn't take is read, and so is the last batch, that with the `Report`."""
+    def hand_to(self, take: TakesBatch) -> None:
+        """From now on `take` is asked first; what it doesn't take is read, and so is the last batch, that with the `Report`."""
         ...
 
     def stop(self, error: Exception | None = None) -> None:

@@ -123,7 +123,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """The likeliest tokens at this position, likeliest first: (token, logprob, text, raw)."""
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """New tokens of one choice. Text trails tokens: half a UTF-8 character or a possible stop string is held back."""
 
     choice: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from headrace.errors import RequestFailed
 from headrace.http.serving import Runs
 from headrace.http.sse import comment
-from headrace.types import Call, Delta, FinishReason, PromptScores, TokenLogprob
+from headrace.types import Call, Delta, Event, FinishReason, PromptScores, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -25,27 +25,37 @@ class Choice:
 
 @dataclass(slots=True)
 class Collected:
+    """`types.Sink`."""
+
     choices: list[Choice]
     scores: tuple[TokenLogprob | None, ...] = ()
+
+    def ready(self) -> bool:
+        return True
+
+    def put(self, batch: list[Event]) -> None:
+        for event in batch:
+            if type(event) is Delta:
+                choice = self.choices[event.choice]
+                if event.text:
+                    choice.pieces.append(event.text)
+                if event.logprobs:
+                    choice.logprobs.extend(event.logprobs)
+                if event.finish is not None:
+                    choice.finish = finish_for_clients(event.finish)
+            elif type(event) is PromptScores:
+                self.scores = event.scores
 
 
 async def collect(journey: Runs, call: Call) -> Collected:
     """All that a call gave. Raises the journey's errors."""
-    choices = [Choice() for _ in range(call.sampling.n)]
-    collected = Collected(choices)
-    async with aclosing(journey.run(call)) as batches:
-        async for batch in batches:
-            for event in batch:
-                if isinstance(event, Delta):
-                    choice = choices[event.choice]
-                    if event.text:
-                        choice.pieces.append(event.text)
-                    if event.logprobs:
-                        choice.logprobs.extend(event.logprobs)
-                    if event.finish is not None:
-                        choice.finish = finish_for_clients(event.finish)
-                elif isinstance(event, PromptScores):
-                    collected.scores = event.scores
+    collected = call.sink = Collected([Choice() for _ in range(call.sampling.n)])
+    try:
+        async with aclosing(journey.run(call)) as batches:
+            async for batch in batches:
+                collected.put(batch)
+    finally:
+        call.sink = None
     return collected
 
 

@@ -13,6 +13,7 @@ from headrace.error_tracking import ErrorTracker
 from headrace.http.client_address import TrustedProxies
 from headrace.http.exchange import Exchange, open_exchange
 from headrace.http.failures import code_of, failures, track
+from headrace.http.line import LINE
 from headrace.http.metrics import Metrics, model_of
 from headrace.http.problems import problem_answer, unexpected
 from headrace.http.request_tally import RequestTally
@@ -75,6 +76,7 @@ class Edge:
             return
         exchange = open_exchange(scope, self._proxies)
         exchange.send = send
+        exchange.line = scope.get(LINE)
         # The request's task ends with it, so nothing is to be set back.
         REQUEST_ID.set(exchange.id)
         if scope["path"] in self._pages:
@@ -104,8 +106,9 @@ class Edge:
         finally:
             self._close(exchange)
             # The server's `send` knows the scope, and the scope this exchange: a cycle of all that belongs to the request.
-            exchange.send = None
+            exchange.send = exchange.line = None
             exchange.error = None
+            scope.pop(LINE, None)
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

@@ -13,6 +13,8 @@ from headrace.types import Call, Caller
 if TYPE_CHECKING:
     from starlette.types import Scope, Send
 
+    from headrace.http.line import Line
+
 NO_ROUTE = "(none)"
 CLIENT_ID_LENGTH = 128
 """Longest `X-Client-Request-Id` that is echoed and logged."""
@@ -48,6 +50,8 @@ class Exchange:
     """The client hung up first."""
     send: Send | None = None
     """The server's own `send`. Once an answer has begun the pieces of its body need no layer of ours."""
+    line: Line | None = None
+    """The connection, where it is one of ours."""
     caller: Caller | None = None
     """Who the route's gate let in; None on routes without a gate."""
     calls: list[Call] = field(default_factory=list)

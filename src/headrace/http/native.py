@@ -52,6 +52,7 @@ class NativeChat:
             closing=lambda: _done(call),
             problem=lambda error: named_event(b"error", msgspec.json.encode(native_error(error))),
             keep_alive=self._serving.config.server.keepalive_interval,
+            call=call,
         )
 
     async def batch(self, request: Request) -> Answer:
@@ -69,7 +70,7 @@ class NativeChat:
             message = f"List should have at most {most} items, not {len(questions)} (max_batch)"
             raise InvalidBody([Fault((), message, "too_long")])
         self._serving.wishes(exchange)
-        async with Watch(request.receive):
+        async with Watch(request.receive, exchange.line):
             results = await together([self._item(exchange, number, question) for number, question in enumerate(questions)])
         return json_answer({"results": results}, headers=timing_headers(exchange.calls))
 
@@ -77,7 +78,7 @@ class NativeChat:
         exchange = exchange_of(request.scope)
         question = validated(ChatQuestion, decode_json(await read_body(exchange, request.receive, self._body_limit)))
         call = self._call(exchange, question, key_required=key_required)
-        async with Watch(request.receive):
+        async with Watch(request.receive, exchange.line):
             reply = await self._reply(call, question)
         return json_answer(reply, headers=timing_headers((call,)))
 

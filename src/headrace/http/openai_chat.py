@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -60,9 +59,9 @@ class ChatCompletions:
                 closing=lambda: closing(head, calls, include_usage=include_usage),
                 problem=error_event,
                 keep_alive=self._serving.config.server.keepalive_interval,
+                call=call,
             )
-        watch: AbstractAsyncContextManager[None] = Watch(request.receive)
-        async with watch:
+        async with Watch(request.receive, exchange.line):
             collected = await collect(self._serving.journey, call)
         fields = Head(self._serving, calls, "chatcmpl-", "chat.completion").fields()
         fields["choices"] = [_choice(index, choice, logprobs=bool(asked.logprobs)) for index, choice in enumerate(collected.choices)]
@@ -151,30 +150,32 @@ class ChatChunks:
     All but the text is encoded once for the whole stream.
     """
 
-    __slots__ = ("_call", "_head", "_opening", "_tail", "_texts", "_usage", "_waiting")
+    __slots__ = ("_after_text", "_begun", "_call", "_head", "_opening", "_tail", "_texts", "_usage")
 
     def __init__(self, head: Head, call: Call, *, usage: bool) -> None:
         self._head = head
         self._call = call
         self._usage = usage
-        self._opening = b""
+        self._begun = False
 
     def batch(self, events: list[Event]) -> bytes:
-        out = b""
-        if not self._opening:
-            out = self._begin()
-        if len(events) == 1 and type(events[0]) is Delta:
-            return out + self._chunk(events[0])
+        out = b"" if self._begun else self._begin()
+        if len(events) == 1 and type(event := events[0]) is Delta:
+            if event.text and event.finish is None and not event.logprobs:
+                return out + self._texts[event.choice] + json_text(event.text) + self._after_text
+            return out + self._chunk(event)
         # A kept answer comes all at once, and is still to look like a stream.
         kept = self._call.outcome.served_from == "cache"
         deltas = [event for event in events if isinstance(event, Delta)] if kept else _merged(events)
         return out + b"".join(map(self._chunk, deltas))
 
     def _begin(self) -> bytes:
+        self._begun = True
         self._opening = self._head.opening()
         self._tail = b'],"usage":null}\n\n' if self._usage else b"]}\n\n"
+        self._after_text = b'},"logprobs":null,"finish_reason":null}' + self._tail
         choices = range(self._call.sampling.n)
-        self._texts = [self._opening + b'{"index":%d,"delta":{"content":' % choice for choice in choices]
+        self._texts = tuple([self._opening + b'{"index":%d,"delta":{"content":' % choice for choice in choices])
         role = b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
         return b"".join(self._opening + role % choice + self._tail for choice in choices)
 
@@ -184,7 +185,7 @@ class ChatChunks:
             scored = msgspec.json.encode({"content": chat_logprobs(delta.logprobs), "refusal": None})
             out = self._texts[delta.choice] + json_text(delta.text) + b'},"logprobs":' + scored + b',"finish_reason":null}' + self._tail
         elif delta.text:
-            out = self._texts[delta.choice] + json_text(delta.text) + b'},"logprobs":null,"finish_reason":null}' + self._tail
+            out = self._texts[delta.choice] + json_text(delta.text) + self._after_text
         if delta.finish is not None:
             reason = finish_for_clients(delta.finish).encode()
             out += self._opening + b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}' % (delta.choice, reason) + self._tail

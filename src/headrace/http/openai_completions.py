@@ -57,7 +57,7 @@ class Completions:
                 problem=error_event,
                 keep_alive=self._serving.config.server.keepalive_interval,
             )
-        async with Watch(request.receive):
+        async with Watch(request.receive, exchange.line):
             choices = await together([self._choices(call, writer) for call, writer in zip(calls, writers, strict=True)])
         fields = Head(self._serving, calls, "cmpl-", "text_completion").fields()
         fields["choices"] = [choice for group in choices for choice in group]

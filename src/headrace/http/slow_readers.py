@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from headrace.http.line import LinedConnection
 
 WRITE_BUFFER = 16 * 1024
 """Bytes in a connection's own buffer at which writers have to wait."""
@@ -28,7 +29,7 @@ _BYTES_ACKED = slice(120, 128)
 """Of Linux' `struct tcp_info`: what the other side has acknowledged."""
 
 
-class Connection(HttpToolsProtocol):
+class Connection(LinedConnection):
     """uvicorn's connection, with a smaller buffer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -14,10 +14,11 @@ from starlette.types import Receive, Scope, Send
 from headrace.errors import HeadraceError
 from headrace.http.exchange import exchange_of
 from headrace.http.hangup import ClientGone, Watch
+from headrace.http.line import Line
 from headrace.http.problems import unexpected
 from headrace.http.serving import Runs
 from headrace.http.sse import KEEP_ALIVE
-from headrace.types import Call, Event
+from headrace.types import Call, Event, Sink
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -56,13 +57,17 @@ class Streamed(Generic[Given]):
 
     The first piece is waited for before the headers are sent, so that a refusal keeps its HTTP status; only when it takes longer
     than `keep_alive` seconds the headers go first. An error after that is an event, made by `problem`; `closing` makes the end.
+    `call`: the one whose events the source gives, where it is no more than one; on a connection of ours they are then written the moment
+    they are there (`types.Sink`), without a task's being woken.
     """
 
     __slots__ = (
+        "_call",
         "_closing",
         "_encode",
         "_keep_alive",
         "_last",
+        "_line",
         "_ping",
         "_problem",
         "_send",
@@ -74,6 +79,7 @@ class Streamed(Generic[Given]):
 
     _send: Send
     _send_body: Send
+    _line: Line
 
     def __init__(
         self,
@@ -83,8 +89,10 @@ class Streamed(Generic[Given]):
         closing: Callable[[], bytes],
         problem: Callable[[HeadraceError], bytes],
         keep_alive: float,
+        call: Call | None = None,
     ) -> None:
         self._source = source
+        self._call = call
         self._encode = encode
         self._closing = closing
         self._problem = problem
@@ -96,27 +104,33 @@ class Streamed(Generic[Given]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises the `HeadraceError` that refused the request, if nothing was sent yet, and `ClientGone`."""
+        exchange, call = exchange_of(scope), self._call
         self._send = send
-        self._send_body = exchange_of(scope).send or send
+        self._send_body = exchange.send or send
         try:
-            async with Watch(receive, self._idle, self._keep_alive), aclosing(self._source):
+            async with Watch(receive, exchange.line, self._idle, self._keep_alive), aclosing(self._source):
                 async for given in self._source:
                     await self._write(self._encode(given))
+                    if call is not None and call.sink is None and exchange.line is not None and exchange.line.in_chunks:
+                        self._line, call.sink = exchange.line, cast(Sink, self)
                 last = self._closing()
         except ClientGone:
             raise
         except HeadraceError as error:
             if not self._started:
                 raise
-            exchange_of(scope).error = error
+            exchange.error = error
             last = self._problem(error)
         except Exception as error:
             if not self._started:
                 raise
-            exchange_of(scope).error = error
+            exchange.error = error
             # The status is out, so the edge can't tell the client any more.
             structlog.get_logger("headrace.http").exception("stream failed")
             last = self._problem(unexpected())
+        finally:
+            if call is not None:
+                call.sink = None  # else there were a cycle of all that belongs to the request
         await self._start()
         await self._send_body({"type": "http.response.body", "body": last})
 
@@ -136,6 +150,16 @@ class Streamed(Generic[Given]):
             self._writing = True
             await self._send_body({"type": "http.response.body", "body": piece, "more_body": True})
             self._writing = False
+
+    def ready(self) -> bool:
+        """`types.Sink`, as is the next."""
+        return self._line.open and self._ping is None
+
+    def put(self, batch: Given) -> None:
+        piece = self._encode(batch)
+        if piece:
+            self._last = time.monotonic()
+            self._line.write(piece)
 
     async def _idle(self) -> float:
         """Send a comment if nothing was sent for too long. Runs beside the stream, so neither may be amid a write of the other."""

@@ -14,7 +14,7 @@ from headrace.config import ResilienceSection
 from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, NotAdmitted, Overloaded, UpstreamError
 from headrace.policies.circuit import Circuit
 from headrace.policies.retry import RetryBudget, may_help, pause
-from headrace.ports import hands_over
+from headrace.ports import TakesBatch, hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Event, GenerateRequest, Outcome
 
@@ -104,7 +104,7 @@ class Asking:
     def __anext__(self) -> Awaitable[list[Event]]:
         return self._next()
 
-    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+    def hand_to(self, take: TakesBatch) -> None:
         """`ports.HandsOver`, once the first batch was read."""
         if hands_over(self._source):
             self._source.hand_to(take)

@@ -15,7 +15,7 @@ from headrace.errors import DeadlineExceeded, HeadraceError, NotAdmitted, QueueS
 from headrace.policies.ask_engine import FALLBACK_HEADER, MODEL_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.degrade import names_token_ids
-from headrace.ports import hands_over
+from headrace.ports import TakesBatch, hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Delta, Event, GenerateRequest, Outcome, Report
 
@@ -152,7 +152,7 @@ class Begun:
     def __anext__(self) -> Awaitable[list[Event]]:
         return self._next()
 
-    def hand_to(self, take: Callable[[list[Event]], bool]) -> None:
+    def hand_to(self, take: TakesBatch) -> None:
         """`ports.HandsOver`, where the source is."""
         if hands_over(self._source):
             self._source.hand_to(take)
