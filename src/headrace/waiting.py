@@ -68,6 +68,12 @@ class Queue(msgspec.Struct, frozen=True, array_like=True):
     """So many patient requests wait that they are left for later, and what comes newly goes before them."""
     limit: float = 0.0
     """Seconds that a request may wait without being patient: less than the target, and corrected by what is observed; 0 is no limit."""
+    step_fixed: float = 0.0
+    """Seconds that a step takes, whatever is in it; 0 where that isn't known."""
+    step_each: float = 0.0
+    """Seconds that each sequence adds to a step."""
+    length: float = 0.0
+    """Tokens that a completion is expected to have; 0 where nothing is expected."""
 
     @property
     def requests(self) -> int:
@@ -89,13 +95,15 @@ class Newcomer(msgspec.Struct, frozen=True):
     certain: int = 0
     """Tokens of completion that it will certainly make after its first."""
     timeout: float | None = None
+    most: int = 0
+    """Tokens of completion that it may make; 0 where that isn't known."""
 
     @classmethod
     def of(cls, request: GenerateRequest) -> Newcomer:
         sampling = request.sampling
         certain = sampling.max_tokens if sampling.ignore_eos else min(sampling.min_tokens, sampling.max_tokens)
         timeout = request.wanted_within if request.timeout is None else request.timeout
-        return cls(request.tenant, request.priority, len(request.prompt), sampling.n, max(0, certain - 1), timeout)
+        return cls(request.tenant, request.priority, len(request.prompt), sampling.n, max(0, certain - 1), timeout, sampling.max_tokens)
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -113,6 +121,13 @@ def rank_of(priority: Priority, kind: int) -> int:
 
 def predicted_wait(queue: Queue, newcomer: Newcomer, rank: int) -> float:
     """Seconds until the request's first token if it came in now at that rank; 0 while nothing is known of the engine's speed."""
+    tokens, sequences = _until(queue, newcomer, rank)
+    before = (tokens - newcomer.tokens) / queue.speed if queue.speed else 0.0
+    return max(before, slot_wait(queue, sequences)) + newcomer.tokens * queue.own + queue.step_fixed
+
+
+def _until(queue: Queue, newcomer: Newcomer, rank: int) -> tuple[int, int]:
+    """Prompt tokens and sequences that wait and go before the request, and its own."""
     own_tokens, own_sequences = newcomer.tokens, newcomer.sequences
     tokens = sequences = 0
     for line in queue.lines:
@@ -126,8 +141,7 @@ def predicted_wait(queue: Queue, newcomer: Newcomer, rank: int) -> float:
         if line.rank == rank and line.tenant != newcomer.tenant:
             tokens += min(line.tokens, own_tokens)
             sequences += min(line.sequences, own_sequences)
-    before = (tokens + own_tokens - newcomer.tokens) / queue.speed if queue.speed else 0.0
-    return max(before, slot_wait(queue, sequences + own_sequences)) + newcomer.tokens * queue.own
+    return tokens + own_tokens, sequences + own_sequences
 
 
 def slot_wait(queue: Queue, sequences: int) -> float:
@@ -149,7 +163,7 @@ def place(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> Place | HeadraceE
     patient = bool(queue.limit) and wait > queue.limit
     if patient:
         rank, wait = rank_of(newcomer.priority, PATIENT), last
-    late = refuse_late(queue, newcomer, wait)
+    late = refuse_late(queue, newcomer, wait) or crowded_out(queue, newcomer, rank, wait)
     if late is not None:
         return late
     if patient:
@@ -177,13 +191,38 @@ def refuse_late(queue: Queue, newcomer: Newcomer, wait: float) -> HeadraceError 
     work = newcomer.certain * queue.token_seconds
     if wait + work <= SLACK * newcomer.timeout:
         return None
-    alone = newcomer.tokens * queue.own + work
+    alone = newcomer.tokens * queue.own + queue.step_fixed + newcomer.certain * (_step(queue, newcomer.sequences) or queue.token_seconds)
     message = f"The request can't be met within its {newcomer.timeout:g} s: about {wait:.2f} s to its first token"
     message += f", and {work:.2f} s for the {newcomer.certain} tokens after it." if work else "."
     if alone > SLACK * newcomer.timeout:
-        # No time is a good one to come back, so none is named.
-        return DeadlineUnmeetable(f"{message} It would take longer than that without any other request, too.")
+        message += " It would take longer than that without any other request, too: give it more time."
     return DeadlineUnmeetable(message, retry_after=max(1.0, wait))
+
+
+def crowded_out(queue: Queue, newcomer: Newcomer, rank: int, wait: float) -> HeadraceError | None:
+    """Why the request is expected to run out of time in the present crowd, if so, and if without that crowd it is expected not to.
+
+    A batch gives each of its sequences the fewer tokens a second the more there are; letting in more than can end in time would be
+    the ruin of all of them. A request that may take too long by itself is let in: it may end sooner than others do.
+    """
+    expected = max(newcomer.certain, min(float(newcomer.most), queue.length) - 1)
+    if newcomer.timeout is None or not _step(queue, 1) or expected <= 0:
+        return None
+    crowd = queue.running + _until(queue, newcomer, rank)[1]
+    if queue.slots:
+        crowd = max(newcomer.sequences, min(crowd, queue.slots))
+    work = expected * _step(queue, crowd)
+    alone = newcomer.tokens * queue.own + queue.step_fixed + expected * _step(queue, newcomer.sequences)
+    if wait + work <= newcomer.timeout or alone > newcomer.timeout:
+        return None
+    message = f"The request is expected to take longer than its {newcomer.timeout:g} s: about {wait:.2f} s to its first token"
+    message += f", and {work:.2f} s for the {expected:.0f} tokens that are usual after it, beside {crowd - newcomer.sequences} others."
+    return DeadlineUnmeetable(message, retry_after=max(1.0, wait, queue.frees[-1] if queue.frees else 0.0))
+
+
+def _step(queue: Queue, sequences: int) -> float:
+    """Seconds of a step with so many sequences; 0 where nothing is known."""
+    return queue.step_fixed + queue.step_each * sequences
 
 
 def is_full(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> bool:

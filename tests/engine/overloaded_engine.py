@@ -62,11 +62,20 @@ class OverloadedEngine:
         self.outcomes: list[Outcome] = []
         self.numbers = 0
 
-    def arrive(self, tenant: int = 0, priority: Priority = "default", prompt: int = 100, most: int = 32, timeout: float = 600.0) -> Outcome:
+    def arrive(
+        self,
+        tenant: int = 0,
+        priority: Priority = "default",
+        prompt: int = 100,
+        most: int = 32,
+        timeout: float = 600.0,
+        *,
+        may_end: bool = False,
+    ) -> Outcome:
         outcome = Outcome(self.now, tenant, priority)
         self.outcomes.append(outcome)
         self.numbers += 1
-        sampling = Sampling(max_tokens=most, ignore_eos=True)
+        sampling = Sampling(max_tokens=most, ignore_eos=not may_end)
         request = GenerateRequest(
             id=str(self.numbers), prompt=[1] * prompt, sampling=sampling, tenant=tenant, priority=priority, timeout=timeout
         )

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from overloaded_engine import OverloadedEngine, goodput, steady
+from overloaded_engine import FIXED, PER_TOKEN, OverloadedEngine, goodput, steady
 
 from headrace.config import OverloadSection
+from headrace.engine.pace import Pace
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable, HeadraceError, QueueFull, QueueShareFull, Shed, WaitTooLong
 from headrace.types import PATIENT, PRIORITIES, PROMPT
 from headrace.waiting import (
@@ -48,6 +49,9 @@ _QUEUES = st.builds(
     seconds_each=st.floats(0, 60),
     speed=st.floats(0, 1e5).map(lambda speed: speed if speed > 1 else 0.0),
     token_seconds=st.floats(0, 1),
+    step_fixed=st.floats(0, 1),
+    step_each=st.floats(0, 1),
+    length=st.floats(0, 1000),
     flooded=st.booleans(),
     limit=st.floats(0, 5),
 )
@@ -59,6 +63,7 @@ _NEWCOMERS = st.builds(
     sequences=st.integers(1, 16),
     certain=st.integers(0, 1000),
     timeout=st.none() | st.floats(0.01, 1000),
+    most=st.integers(0, 1000),
 )
 BOUNDS = Bounds(100, 100_000, 60.0)
 
@@ -223,12 +228,60 @@ def test_a_deadline_that_cant_be_met_is_refused_and_a_retry_after_that_time_is_n
     assert engine.arrive(1, timeout=0.7, most=1).refused is None
 
 
-def test_what_would_take_too_long_on_an_idle_engine_names_no_time_to_come_back() -> None:
+def test_what_would_take_too_long_on_an_idle_engine_is_told_that_more_time_helps() -> None:
     engine = OverloadedEngine()
     engine.run([(0.0, {})], 3.0)
     refusal = engine.arrive(most=1000, timeout=1.0).refused
     assert isinstance(refusal, DeadlineUnmeetable)
-    assert refusal.retry_after is None
+    assert "without any other request, too" in refusal.message
+    assert refusal.retry_after == 1
+
+
+def test_the_first_request_of_all_is_measured_by_the_warm_up() -> None:
+    engine = OverloadedEngine()
+    assert engine.arrive(timeout=0.005).refused is None, "nothing is known"
+    engine = OverloadedEngine()
+    engine.admission.pace = known_pace()
+    assert isinstance(engine.arrive(timeout=0.005).refused, DeadlineUnmeetable)
+    assert engine.arrive(timeout=5.0).refused is None
+
+
+@pytest.mark.parametrize("timeout", [1.0, 3.0])
+def test_no_more_are_let_in_than_can_end_in_time(timeout: float) -> None:
+    """A burst of requests that say how long they may take: who is let in has its answer, the others know at once, and when to come."""
+    engine = OverloadedEngine()
+    engine.admission.pace = known_pace()
+    engine.run([(0.0, {"timeout": timeout, "most": 60, "may_end": True})] * 200, 2 * timeout)
+    let_in = [outcome for outcome in engine.outcomes if outcome.refused is None]
+    assert 4 * timeout <= len(let_in) < 200
+    late = [outcome for outcome in let_in if outcome.last is None or outcome.last - outcome.arrived > 1.1 * timeout]
+    assert late == []
+    refused = [outcome.refused for outcome in engine.outcomes if outcome.refused is not None]
+    assert all(isinstance(each, DeadlineUnmeetable) and each.retry_after is not None for each in refused)
+
+
+def test_a_request_that_may_be_too_long_by_itself_is_let_in() -> None:
+    engine = OverloadedEngine()
+    engine.admission.pace = known_pace()
+    engine.run([(0.0, {})], 3.0)
+    assert engine.arrive(most=1000, timeout=0.3, may_end=True).refused is None
+
+
+def test_a_bad_hour_is_forgotten() -> None:
+    """Speeds measured on a machine that was busy with something else refuse nobody for good."""
+    engine = OverloadedEngine(slowness=lambda now: 300.0 if now < 60 else 1.0)
+    engine.admission.pace = known_pace()
+    engine.run([(0.0, {"prompt": prompt, "most": 1}) for prompt in (50, 100, 200)], 60)
+    assert isinstance(engine.arrive(prompt=200, timeout=2.0, most=1).refused, DeadlineUnmeetable)
+    engine.run([], engine.now + 600)
+    assert engine.arrive(prompt=200, timeout=2.0, most=1).refused is None
+
+
+def known_pace() -> Pace:
+    pace = Pace()
+    for tokens in (1, 16, 160):
+        pace.note(tokens, FIXED + PER_TOKEN * tokens)
+    return pace
 
 
 def test_who_waits_too_long_is_put_out_with_the_reason() -> None:

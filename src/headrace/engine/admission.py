@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -40,6 +41,8 @@ KEPT = 8
 FIRST_LENGTH = 128.0
 """Tokens that a completion is expected to have before any has ended. What it may have is no measure: a request that names no limit may fill
 the whole context, and nobody should be refused for that."""
+FRESH = 10.0
+"""Seconds in which the price of a prompt's token, measured while the machine was busy, comes half of the way back to the engine's own."""
 _LATEST = 0.1
 """Weight of the latest request in the averages of length and pace."""
 
@@ -93,6 +96,13 @@ class Entry:
         return self.line[1] % 2 == PATIENT
 
 
+@runtime_checkable
+class TellsPace(Protocol):
+    """An engine that knows how long its steps take, from its warm-up on."""
+
+    pace: Pace
+
+
 class Admission:
     """Counts requests from receipt to end. `slots`: most sequences that the engine runs at once, 0 where that isn't known."""
 
@@ -100,6 +110,8 @@ class Admission:
         self.bounds = Bounds(section.max_queue_requests, section.max_queue_tokens, section.max_queue_wait)
         self.refused = 0
         """Requests that were not let in, or put out."""
+        self.pace = Pace()
+        """The engine's, where it tells; what is known before any request has been."""
         self._target = section.ttft_target
         self._waited = self._foretold = 0.0
         """Seconds that prompt requests of late waited, and that had been predicted for them; both fade."""
@@ -114,6 +126,7 @@ class Admission:
         self._tokens_done = self._time_spent = 0.0
         self._first_tokens = Pace()
         """How the wait grows with the prompt tokens before the first token, of requests that found a slot."""
+        self._first_token_at = clock()
         self._held = 0
         self._flooded = False
         self._looked_at = clock()
@@ -181,6 +194,7 @@ class Admission:
                 self._tokens_done += entry.tokens
                 if entry.before is not None:
                     self._first_tokens.note(entry.before + entry.tokens, now - entry.began_to_wait)
+                    self._first_token_at = now
                 if entry.line[1] % 2 == PROMPT:
                     self._waited += now - entry.began_to_wait
                     self._foretold += entry.wait
@@ -236,9 +250,12 @@ class Admission:
             seconds_each=mean * gap,
             flooded=self._flooded,
             speed=self._speed(),
-            own=self._first_tokens.per_token,
+            own=self._own(),
             token_seconds=gap,
             limit=self._limit(),
+            step_fixed=self.pace.fixed,
+            step_each=self.pace.per_token,
+            length=self._length or FIRST_LENGTH,
         )
 
     def wait(self) -> float:
@@ -321,7 +338,17 @@ class Admission:
         self._time_spent = (self._time_spent + spent) * kept
 
     def _speed(self) -> float:
-        return self._tokens_done / self._time_spent if self._time_spent > 1e-3 and self._tokens_done else 0.0
+        if self._time_spent > 1e-3 and self._tokens_done:
+            return self._tokens_done / self._time_spent
+        return 1 / self.pace.per_token if self.pace.per_token else 0.0
+
+    def _own(self) -> float:
+        """Seconds that a token of a request's own prompt adds to its wait. What was measured in a bad hour is forgotten: where it has
+        everybody refused, nobody comes to prove it wrong."""
+        known, first = self._first_tokens.per_token, self.pace.per_token
+        if not known or known <= first:
+            return known or first
+        return first + (known - first) * FRESH / (FRESH + self._clock() - self._first_token_at)
 
     def _pace(self) -> float:
         """Seconds between two tokens of a sequence: of those that ended, or of those that run where they are slower than that."""

@@ -62,6 +62,7 @@ class ScheduledEngine:
         self.failure: BaseException | None = None
         self.pulse = Pulse()
         self.notes: StepNotes | None = None
+        self.pace = Pace()
         self._make_runner = make_runner
         self._tokenizer = tokenizer
         self._name = name
@@ -271,7 +272,6 @@ class ScheduledEngine:
         if isinstance(runner, Overlaps):
             runner.meanwhile = self._hand_over
             self._overlaps = True
-        pace = Pace()
 
         def make() -> Stepper:
             return Stepper(
@@ -283,7 +283,7 @@ class ScheduledEngine:
                 prefix_cache=self._config.prefix_cache and getattr(runner, "reuses_prefixes", True),
                 deterministic=self._config.deterministic,
                 prompt_lookup=self._config.prompt_lookup,
-                pace=pace,
+                pace=self.pace,
             )
 
         warm_up(make())

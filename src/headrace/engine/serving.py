@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from headrace.engine.admission import Admission, Entry
+from headrace.engine.admission import Admission, Entry, TellsPace
 from headrace.engine.frames import (
     MAX_UNREAD,
     Cancel,
@@ -81,6 +81,8 @@ class EngineServer:
         self._releasing: asyncio.TimerHandle | None = None
         if isinstance(engine, NotesSteps):
             engine.notes = notes
+        if admission is not None and isinstance(engine, TellsPace):
+            admission.pace = engine.pace
 
     def accept(self) -> asyncio.Protocol:
         """A protocol factory, for `create_unix_server`."""
