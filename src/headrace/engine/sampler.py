@@ -165,7 +165,9 @@ def sample_rows(
     where = list(range(len(samplers))) if rows is None else list(rows)
     if not where:
         return []
-    ids, logits, logsumexp = result.top_ids[where], result.top_logits[where], result.logsumexp[where]
+    ids, logits, logsumexp = result.top_ids, result.top_logits, result.logsumexp
+    if rows is not None or len(ids) != len(where):
+        ids, logits, logsumexp = ids[where], logits[where], logsumexp[where]
     sound = np.isfinite(logsumexp).tolist()
     plain = [not sampler.needs_full for sampler in samplers]
     places = [0] * len(where)
@@ -176,8 +178,11 @@ def sample_rows(
         uniforms = [samplers[number].uniform(ahead[number] if ahead else 0) for number in drawn]
         for number, place in zip(drawn, draw(logits[drawn], logsumexp[drawn], filters, uniforms, some[0].vocab_size), strict=True):
             places[number] = place
-    tokens = ids[np.arange(len(where)), places].tolist()
-    logprobs = (logits[np.arange(len(where)), places] - logsumexp).tolist()
+        tokens = ids[np.arange(len(where)), places].tolist()
+        logprobs = (logits[np.arange(len(where)), places] - logsumexp).tolist()
+    else:
+        # The usual step of a lone greedy user: each call of numpy counts there.
+        tokens, logprobs = ids[:, 0].tolist(), (logits[:, 0] - logsumexp).tolist()
     picks: list[Picked | Exception] = []
     for number, sampler in enumerate(samplers):
         row, wanted = where[number], sampler.logprobs
