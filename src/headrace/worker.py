@@ -261,7 +261,7 @@ async def _run(beginning: Beginning) -> None:
     gc.freeze()
     hurry()
     server.ready(card)
-    await _report(engine, control, stopping, accepting)
+    await _report(engine, server, control, stopping, accepting)
     if isinstance(engine, CanBreak) and engine.failed.is_set():
         control.send(Alive("failed", f"The engine's loop broke: {engine.failure!r}."))
         await asyncio.sleep(0.05)
@@ -288,7 +288,11 @@ async def _accept(server: EngineServer, listening: socket.socket, promoted: asyn
 
 
 async def _report(
-    engine: Engine, control: FrameConnection[ToChild], stopping: asyncio.Event, accepting: asyncio.Task[asyncio.AbstractServer]
+    engine: Engine,
+    server: EngineServer,
+    control: FrameConnection[ToChild],
+    stopping: asyncio.Event,
+    accepting: asyncio.Task[asyncio.AbstractServer],
 ) -> None:
     """Tell the supervisor how it goes, until the process has to stop. `accepting` is done once API processes can connect."""
     said: tuple[EngineState, EngineStats] | None = None
@@ -299,7 +303,8 @@ async def _report(
     while not stopping.is_set():
         serving = accepting.done() and accepting.result() is not None
         state: EngineState = "ready" if serving else "standby"
-        stats = engine.stats()
+        # With the requests that are held back before the engine.
+        stats = server.stats.stats
         if (state, stats) != said:
             said = state, stats
             control.send(Alive(state, stats=stats))
