@@ -56,6 +56,8 @@ class AskEngine:
         try:
             yield
         finally:
+            # They know each other: left as they are, only the garbage collector would find them.
+            call.source = None
             asking.settle(call.outcome)
             if asking.retries:
                 call.retried += (name,) * asking.retries
