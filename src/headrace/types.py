@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple, Protocol
@@ -270,11 +270,13 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Lines to say at start, such as that this is a small demonstration model."""
     pending: bool = False
     """It is not on this machine yet, and nothing but its names is known."""
+    versioned: bool = False
+    """It is one of several versions, so that an alias may stand for another one soon."""
 
     @property
     def public_name(self) -> str:
-        """The name that answers, figures and lists carry: the operator's alias if there is one."""
-        return self.aliases[0] if self.aliases else self.name
+        """The name that answers, figures and lists carry: the operator's alias if there is one that is always this model's."""
+        return self.aliases[0] if self.aliases and not self.versioned else self.name
 
 
 ServedFrom = Literal["engine", "cache", "shared"]
@@ -337,6 +339,14 @@ class Outcome:
                 self.prompt_tokens = event.prompt_tokens
                 self.cached_tokens = event.cached_tokens
                 self.completion_tokens = event.completion_tokens
+
+
+class Repeats(Protocol):
+    """Cleans a prompt that an answer repeats."""
+
+    def __call__(self, call: Call, text: str, tokens: Sequence[TokenLogprob]) -> tuple[str, Sequence[TokenLogprob], bool]:
+        """What may be shown of it, and of its tokens (all of them, or none); whether the answer ends there."""
+        ...
 
 
 BudgetPeriod = Literal["day", "month", "total"]
@@ -640,6 +650,8 @@ class Call:
     """A fallback can answer, so an engine that isn't ready isn't waited for."""
     share: Share | None = None
     """Set by the cache: the journey hands it the source, and reads what it gives instead."""
+    repeats: Repeats | None = None
+    """Set by the output filter: how a prompt that is told again in the answer may be shown."""
     taps: list[Tap] = field(default_factory=list)
     """See each batch as it leaves, after the transforms."""
     sink: Sink | None = None

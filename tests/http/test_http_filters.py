@@ -44,6 +44,26 @@ async def test_a_block_ends_the_answer() -> None:
         assert (choice["message"]["content"], choice["finish_reason"]) == ("the ", "content_filter")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_is_repeated_passes_the_filters(stream: bool) -> None:
+    async def repeated(filters: FilterSection) -> tuple[str, str, str]:
+        async with client(stand(filters=filters)) as http:
+            body = {"prompt": "a secret of me@example.org", "echo": True, "stream": stream, "max_tokens": 100}
+            answer = await http.post("/v1/completions", json=body)
+            metrics = (await http.get("/metrics")).text
+        chunks = [json.loads(data) for _, data in parse(answer.content).events if data != "[DONE]"] if stream else [answer.json()]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"], metrics
+
+    text, finish, _ = await repeated(FilterSection(pii_input="mask"))
+    assert (text, finish) == ("a secret of ***" * 2, "stop")
+    text, finish, metrics = await repeated(MASKING)
+    assert (text, finish) == ("a *** of ***" * 2, "stop")
+    assert 'headrace_filter_actions_total{action="mask",kind="email",stage="output"} 2.0' in metrics
+    text, finish, _ = await repeated(FilterSection(deny_output=("secret",), deny_action="block"))
+    assert (text, finish) == ("a ", "content_filter")
+
+
 async def test_a_denied_prompt_is_refused_before_the_engine() -> None:
     async with client(stand(filters=FilterSection(deny_input=("forbidden",), filter_input_max_chars=50))) as http:
         denied = await http.post("/v1/completions", json={"prompt": "a FORBIDDEN word"})

@@ -67,6 +67,19 @@ def test_tokens_pass_when_they_come_and_held_text_comes_before_the_finish() -> N
     ]
 
 
+def test_a_repeated_prompt_and_its_scores_show_no_match() -> None:
+    call = new_call(logprobs=1)
+    words = ["my", " sec", "ret", " is"]
+    scores = [TokenLogprob(number, -1.0, word, word.encode(), ((9, -2.0, "secret", b"secret"),)) for number, word in enumerate(words)]
+    text, tokens, ended = step(deny_output=["secret"])._repeated(call, "".join(words), scores)
+    assert (text, ended) == ("my *** is", False)
+    assert [token.text for token in tokens] == ["my", " ***", "", " is"]
+    assert tokens[0].top == ((-1, -2.0, "***", b"***"),)
+    text, tokens, ended = step(deny_output=["secret"], deny_action="block")._repeated(call, "".join(words), scores)
+    assert (text, [token.text for token in tokens][:1], ended) == ("my ", ["my"], True)
+    assert "sec" not in "".join(token.text for token in tokens)
+
+
 def test_a_batch_that_nothing_touches_passes_as_it_is() -> None:
     events = deltas(["hi ", "there"], finish=None)
     out = filtered(new_call(), events, deny_output=["xyz"])

@@ -74,6 +74,9 @@ class Completions:
         made = []
         for index, choice in enumerate(collected.choices):
             prompt, prompt_scores = writer.echoed(index, collected.scores)
+            if writer.blocked:
+                made.append(writer.choice(index, prompt, prompt_scores, "content_filter"))
+                continue
             scores = _join(prompt_scores, writer.scored(index, choice.logprobs))
             made.append(writer.choice(index, prompt + choice.text, scores, choice.finish))
         return made
@@ -136,13 +139,16 @@ def _join(one: Scores | None, other: Scores | None) -> Scores | None:
 class Continuations:
     """One call's choices in OpenAI's legacy form. `text_offset` counts characters from where the choice's text begins."""
 
-    __slots__ = ("_base", "_decoders", "_echo", "_offsets", "_serving", "call")
+    __slots__ = ("_base", "_decoders", "_echo", "_offsets", "_serving", "_shown", "blocked", "call")
 
     def __init__(self, serving: Serving, call: Call, *, base: int, echo: bool) -> None:
         self._serving = serving
         self.call = call
         self._base = base
         self._echo = echo
+        self._shown: tuple[str, Sequence[TokenLogprob | None], bytes] | None = None
+        self.blocked = False
+        """The prompt has what the output filter ends answers for."""
         n = call.sampling.n
         self._offsets = [0] * n
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(n)]
@@ -159,18 +165,25 @@ class Continuations:
         return {"index": self._base + index, "text": text, "logprobs": scores, "finish_reason": finish}
 
     def echoed(self, index: int, scores: Sequence[TokenLogprob | None]) -> tuple[str, Scores | None]:
-        """The prompt's text and scores, where they were asked for."""
+        """The prompt's text and scores, where they were asked for, as far as the output filter lets them pass."""
         if not self._echo:
             return "", None
+        if self._shown is None:
+            self._shown = self._prompt(scores)
+        text, entries, first_bytes = self._shown
+        if self.call.sampling.logprobs is None or not scores:
+            self._offsets[index] = len(text)
+            return text, None
+        return text, self._legacy(index, entries, first_bytes)
+
+    def _prompt(self, scores: Sequence[TokenLogprob | None]) -> tuple[str, Sequence[TokenLogprob | None], bytes]:
+        """Its text, its scores, and the bytes of its first token, which has none."""
         call = self.call
         text = call.text
         tokenizer = self._serving.served(call).tokenizer
         if text is None:
             assert tokenizer is not None, "the journey refuses token ids where there is no tokenizer"
             text = tokenizer.decode(call.tokens or [])
-        if call.sampling.logprobs is None or not scores:
-            self._offsets[index] = len(text)
-            return text, None
         tokens: list[int] = [] if call.request is None else call.request.prompt
         skip = 0
         if call.text is not None and tokenizer is not None:
@@ -181,7 +194,14 @@ class Continuations:
         first_bytes = b""
         if entries and entries[0] is None and tokenizer is not None and len(tokens) > skip:
             first_bytes = tokenizer.token_bytes(tokens[skip])
-        return text, self._legacy(index, entries, first_bytes)
+        if call.repeats is None:
+            return text, entries, first_bytes
+        unscored = TokenLogprob(-1, 0.0, "", first_bytes)
+        text, shown, self.blocked = call.repeats(call, text, [unscored if entry is None else entry for entry in entries])
+        kept: list[TokenLogprob | None] = [*shown]
+        if kept and entries[0] is None:
+            first_bytes, kept[0] = shown[0].raw, None
+        return text, kept, first_bytes
 
     def scored(self, index: int, entries: Sequence[TokenLogprob]) -> Scores | None:
         """A completion's scores, where they were asked for."""
@@ -248,11 +268,12 @@ class CompletionChunks:
         out = b""
         for index in range(self._writer.call.sampling.n):
             text, legacy = self._writer.echoed(index, scores)
-            out += self._event(self._writer.choice(index, text, legacy, None))
+            finish: FinishReason | None = "content_filter" if self._writer.blocked else None
+            out += self._event(self._writer.choice(index, text, legacy, finish))
         return out
 
     def _chunk(self, delta: Delta) -> bytes:
-        if not (delta.text or delta.logprobs or delta.finish):
+        if self._writer.blocked or not (delta.text or delta.logprobs or delta.finish):
             return b""
         scores = self._writer.scored(delta.choice, delta.logprobs) if delta.logprobs else None
         finish = None if delta.finish is None else finish_for_clients(delta.finish)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from headrace.policies.filters.decisions import Decisions
@@ -21,7 +21,18 @@ class FilterOutput:
     @asynccontextmanager
     async def __call__(self, call: Call) -> AsyncIterator[None]:
         call.transforms.append(self.transform(call))
+        call.repeats = self._repeated
         yield
+
+    def _repeated(self, call: Call, text: str, tokens: Sequence[TokenLogprob]) -> tuple[str, Sequence[TokenLogprob], bool]:
+        """`types.Repeats`. A text of its own: a match that begins in the prompt and ends in what comes after it isn't one."""
+        stream = Stream(self._rules, Decisions(call, "output", report=self._report))
+        mask = LogprobMask(stream, self._rules.mask)
+        shown, released = mask.feed(text, tokens)
+        if not stream.blocked:
+            rest, further = mask.finish()
+            shown, released = shown + rest, released + further
+        return shown, released, stream.blocked
 
     def transform(self, call: Call) -> OutputTransform:
         return OutputTransform(call, self._rules, Decisions(call, "output", report=self._report))
