@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from headrace.config import AliasEntry, Config, FleetSection, GoldenPrompt, ModelEntry, ModelSection
 from headrace.errors import ConfigError, ModelNotFound
-from headrace.fleet import WORKING_ECHO, current_versions, fleet, needs
+from headrace.fleet import WORKING_ECHO, WORKING_TORCH, arithmetic, current_versions, fetched, fleet, kv_bytes, needs
 from headrace.golden import drift, likeness
 from headrace.lineup import lineup
 from headrace.served import ServedModel, ServedModels
+from headrace.types import ModelFiles
 
 
 def config(models: dict[str, ModelEntry], aliases: dict[str, AliasEntry] | None = None, **section: object) -> Config:
@@ -76,6 +80,8 @@ def test_the_first_section_is_the_default_unless_a_model_is_named() -> None:
         ({"a": ModelEntry(model="echo", revision="main")}, {}, "revision"),
         ({"a": ModelEntry(model="echo", aliases=("b",)), "b": ModelEntry(model="echo")}, {}, "'b' is a model already"),
         ({"a": ModelEntry(model="echo")}, {"a": AliasEntry(to="a@1")}, "'a' is a model already"),
+        ({"a": ModelEntry(model="echo")}, {"x": AliasEntry(to="y"), "y": AliasEntry(to="x")}, "'y' is an alias itself; say which model: a"),
+        ({"a": ModelEntry(model="echo", aliases=("b",))}, {"x": AliasEntry(to="b")}, "'b' is an alias itself"),
     ],
 )
 def test_what_cant_be_meant_is_refused(models: dict[str, ModelEntry], aliases: dict[str, AliasEntry], said: str) -> None:
@@ -88,6 +94,55 @@ def test_a_need_counts_every_replica() -> None:
     a, b = fleet(made)
     assert needs(made, a, a.files, {}) == {"ram": 3 * (WORKING_ECHO + 10 * 2**20)}
     assert needs(made, b, b.files, {}) == {"ram": 2 * 2**30}
+
+
+def tiny(folder: Path, context: int) -> None:
+    """Of a transformers model, what memory depends on: 4 KiB of keys and values a token in 16 bits."""
+    folder.mkdir()
+    settings = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": context,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+
+
+@pytest.mark.parametrize(("context", "expected"), [(2**17, 2**12 * (2**17 + 32)), (16, 64 * 2**12 * (16 + 32)), (2**14, 2**28)])
+def test_a_whole_context_finds_room_and_no_more_is_taken_than_can_be_used(tmp_path: Path, context: int, expected: int) -> None:
+    tiny(tmp_path / "m", context)
+    made = config({"a": ModelEntry(model=str(tmp_path / "m"), dtype="bfloat16", replicas=2), "b": ModelEntry(model="echo")})
+    member = fleet(made)[0]
+    files = ModelFiles(name="a@1", kind="transformers", folder=str(tmp_path / "m"), context_length=context)
+    pools = {"ram": 2**28}
+    assert kv_bytes(made, member, files, pools) == expected
+    assert needs(made, member, files, pools) == {"ram": 2 * (1000 + expected + WORKING_TORCH)}
+    said = arithmetic(made, member, files, pools)
+    assert f"{expected / 2**30:.2f} GiB for keys and values (its context is {context:,} tokens)" in said
+    assert "each of 2 replicas" in said
+    less = config({"a": ModelEntry(model=str(tmp_path / "m"), kv_cache_gib=0.5)})
+    assert kv_bytes(less, fleet(less)[0], files, pools) == 2**29
+
+
+def test_versions_carry_their_own_names_where_a_name_may_change_what_it_stands_for() -> None:
+    assert [member.files.public_name for member in fleet(config(CHAT))] == ["chat@1", "chat@2", "chat@3", "other@a"]
+    alone = fleet(config({"a": ModelEntry(model="echo", aliases=("b",))}))
+    assert alone[0].files.public_name == "a"
+    assert fetched(fleet(config(CHAT))[0]).public_name == "chat@1"
+
+
+def test_what_a_section_doesnt_say_is_as_for_the_default_model(tmp_path: Path) -> None:
+    tiny(tmp_path / "m", 64)
+    folder = str(tmp_path / "m")
+    models = {"a": ModelEntry(model=folder), "b": ModelEntry(model=folder, quantize="int4", engine="auto"), "c": ModelEntry(model="echo")}
+    members = fleet(config(models, engine="transformers", quantize="int8"))
+    assert [(each.section.engine, each.section.quantize) for each in members] == [
+        ("transformers", "int8"),
+        ("auto", "int4"),
+        ("auto", None),
+    ]
 
 
 def test_likeness_is_of_words_in_their_order() -> None:

@@ -316,7 +316,7 @@ class SupervisorLink:
             return  # one that came with another configuration
         served, client = self._models[model]
         served.status = status
-        client.not_loaded = status.reason if status.state in ("absent", "loading") else ""
+        client.not_loaded = status.reason.rstrip(".") if status.state in ("absent", "loading") else ""
         if status.state == "failed":
             client.give_up(EngineUnavailable(status.reason, retry_after=30))
         else:

@@ -38,7 +38,7 @@ from headrace.control import (
 )
 from headrace.engine_places import EnginePlace, can_stand_by
 from headrace.errors import ConfigError, ModelError, ModelNotLoaded, ModelRefused, ModelTooLarge
-from headrace.fleet import Member, fetched, kv_bytes, needs
+from headrace.fleet import Member, arithmetic, fetched, kv_bytes, needs
 from headrace.stables import Fetch, Load, Refuse, Stables, Stall, Unload, gib
 from headrace.types import EngineState, EngineStatus, ModelFiles
 
@@ -329,7 +329,7 @@ class EngineYard:
                 stirred = self._stirred
                 self._follow_orders()
                 if residence.failure:
-                    raise ModelRefused(f"{name} can't be loaded: {residence.failure}")
+                    raise ModelRefused(residence.failure if name in residence.failure else f"{name} can't be loaded: {residence.failure}")
                 stuck = stall.state == "absent" and stall.needs is not None and not any(each.state == "draining" for each in self.stables)
                 if stuck and time.monotonic() >= patience:
                     raise ModelRefused(f"{name} can't be loaded now: {self.stables.why_not(name)}.")
@@ -377,7 +377,8 @@ class EngineYard:
             elif isinstance(order, Unload):
                 self._spawn(self._unload(residence, order.gentle), f"unload {order.name}")
             elif isinstance(order, Refuse):
-                self._refuse(residence, ModelTooLarge(f"{order.name} can't be loaded: {order.reason}."))
+                sum_ = arithmetic(self.config, residence.member, residence.files, self.stables.budget)
+                self._refuse(residence, ModelTooLarge(f"{order.name} can't be loaded: {order.reason}. {sum_}".rstrip()))
         if orders:
             self.stir()
         self._say_who_waits()
@@ -420,8 +421,7 @@ class EngineYard:
         essential = self.managed or residence.name == self.default
         engine = config.engine
         if self.managed and residence.files.kind in ("openvino", "transformers", "vllm"):
-            pool = next((name for name in self.stables[residence.name].needs or {} if name != "ram"), "ram")
-            engine = engine.model_copy(update={"kv_cache_gib": kv_bytes(config, member, self.stables.budget.get(pool, 0)) / 2**30})
+            engine = engine.model_copy(update={"kv_cache_gib": kv_bytes(config, member, residence.files, self.stables.budget) / 2**30})
         # A worker has no business with keys.
         said = config_to_json(Config(model=member.section, engine=engine, log=config.log, overload=config.overload))
         share = 1.0 if self.managed else 1 / max(1, self._local)

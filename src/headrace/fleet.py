@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,17 +16,27 @@ import msgspec
 
 from headrace.config import Config, ModelEntry, ModelSection
 from headrace.engine.kv_budget import free_memory
+from headrace.engine.processor import features, kv_element_bytes, multiplies_bf16
+from headrace.engine.torch_device import BYTES
+from headrace.engine.torch_fit import kv_per_token
 from headrace.errors import ConfigError, ModelError
 from headrace.models.address import Echo, Local, Remote, Repository, parse
+from headrace.models.as_stored import gguf_settings
+from headrace.models.card import read_object
 from headrace.models.catalog import CatalogEntry
+from headrace.models.openvino_folder import is_one, kv_elements
 from headrace.models.resolve import resolve
 from headrace.types import ModelFiles
 
 WORKING = 300 * 2**20
 """Bytes of a worker beside weights, keys and values: the interpreter, the engine's library, its compiled graph."""
+WORKING_TORCH = 500 * 2**20
+"""The same with torch and transformers: 430 to 460 MiB."""
 WORKING_ECHO = 64 * 2**20
 KV_SHARE = 0.4
 """Of the budget, what all models' keys and values take together where nothing is set."""
+_BLOCK = 32
+"""Tokens by which keys and values are allocated, or more than that."""
 LEAST_KV, MOST_KV = 2**28, 2**31
 FREE_SHARE = 0.9
 """Of the memory that is free at the start, what models may take where nothing is set."""
@@ -82,6 +93,11 @@ def fleet(config: Config) -> list[Member]:
         aliases = () if at else (family, *entry.aliases)
         files = _files(section, id_, aliases if not at else tuple(entry.aliases), look=True)
         members.append(Member(files, section, whole, family, version))
+    families = Counter(member.family for member in members)
+    members = [
+        dataclasses.replace(member, files=msgspec.structs.replace(member.files, versioned=families[member.family] > 1))
+        for member in members
+    ]
     _check_names(config, members, {member.files.name for member in members} | {member.family for member in members})
     return members
 
@@ -103,7 +119,11 @@ def _section(base: ModelSection, entry: ModelEntry, name: str) -> ModelSection:
             raise ConfigError(f"models.{name}: revision is for repositories on hubs; {entry.model} is none.")
         source = str(dataclasses.replace(address, revision=entry.revision))
         parse(source, base.hub)
-    same = {field: getattr(entry, field) for field in ("engine", "dtype", "device", "quantize", "weights", "context")}
+    # What a section doesn't say is as for the default model, but for what only models that run here have.
+    runs_here = not isinstance(address, Echo | Remote)
+    fields = ("engine", "dtype", "device", "quantize", "weights", "context")
+    theirs = base.model_fields_set - entry.model_fields_set if runs_here else set()
+    same = {field: getattr(base if field in theirs else entry, field) for field in fields}
     of_a_remote = {"remote_api_key": entry.remote_api_key, "remote_model": entry.remote_model}
     return base.model_copy(update={"model": source, "name": None, **same, **of_a_remote})
 
@@ -124,7 +144,8 @@ def _files(section: ModelSection, name: str, aliases: tuple[str, ...], *, look: 
 
 def fetched(member: Member) -> ModelFiles:
     """The member's files, on this machine. Blocks, for minutes if it downloads. Raises `ModelError`."""
-    return named(resolve(member.section), member.files.name, member.files.aliases)
+    files = named(resolve(member.section), member.files.name, member.files.aliases)
+    return msgspec.structs.replace(files, versioned=member.files.versioned)
 
 
 def named(files: ModelFiles, name: str, aliases: tuple[str, ...]) -> ModelFiles:
@@ -143,6 +164,8 @@ def _check_names(config: Config, members: Iterable[Member], known: set[str]) -> 
         if alias in taken:
             raise ConfigError(f"aliases: {alias!r} is {taken[alias]} already.")
         for target in (*([entry.to] if entry.to else ()), *entry.split, *([entry.shadow] if entry.shadow else ())):
+            if target in config.fleet.aliases or target in taken.keys() - known:
+                raise ConfigError(f"aliases.{alias}: {target!r} is an alias itself; say which model: {', '.join(sorted(known))}.")
             if target not in known:
                 raise ConfigError(f"aliases.{alias}: there is no model {target!r}; there is {', '.join(sorted(known))}.")
 
@@ -161,12 +184,35 @@ def budgets(config: Config, gpus: Sequence[int] | None = None) -> dict[str, int]
     return pools | {f"gpu:{number}": int(free * config.engine.gpu_memory_utilization) for number, free in enumerate(gpus)}
 
 
-def kv_bytes(config: Config, member: Member, pool: int) -> int:
-    """Memory for keys and values of one replica: as set, or its part of the pool's."""
+def kv_bytes(config: Config, member: Member, files: ModelFiles, pools: Mapping[str, int]) -> int:
+    """Memory for keys and values of one replica: as set, or its part of the pool's, but for one full context at least, and at most
+    for as many as run at once."""
     for given in (member.entry.kv_cache_gib if member.entry is not None else None, config.engine.kv_cache_gib):
         if given is not None:
             return int(given * 2**30)
-    return min(MOST_KV, max(LEAST_KV, int(KV_SHARE * pool / max(1, len(config.fleet.models)))))
+    pool = _pool(files, member.section, pools)
+    part = min(MOST_KV, max(LEAST_KV, int(KV_SHARE * pools.get(pool, 0) / max(1, len(config.fleet.models)))))
+    each = kv_bytes_per_token(files, member.section, deterministic=config.engine.deterministic, on_cpu=pool == "ram")
+    # Whole blocks.
+    one = each * (files.context_length + _BLOCK)
+    return max(one, min(part, one * config.engine.max_sequences)) if one else part
+
+
+def kv_bytes_per_token(files: ModelFiles, section: ModelSection, *, deterministic: bool, on_cpu: bool) -> int:
+    """Of all layers; 0 where the model's files don't say."""
+    folder = Path(files.folder)
+    if files.kind == "openvino":
+        return int(kv_elements(folder) * kv_element_bytes(features(), deterministic=deterministic)) if is_one(folder) else 0
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    try:
+        settings = read_object(folder / "config.json") if gguf is None else gguf_settings(gguf)
+    except ModelError:
+        return 0  # it is refused when it is loaded
+    text = settings.get("text_config")
+    wide = section.dtype == "float32"
+    if section.dtype == "auto" and section.quantize is None and on_cpu:
+        wide = not multiplies_bf16(features())
+    return kv_per_token({**settings, **text} if isinstance(text, dict) else settings, BYTES["float32" if wide else "bfloat16"])
 
 
 def needs(config: Config, member: Member, files: ModelFiles, pools: Mapping[str, int]) -> dict[str, int]:
@@ -182,10 +228,24 @@ def needs(config: Config, member: Member, files: ModelFiles, pools: Mapping[str,
         return {"ram": replicas * (WORKING_ECHO + echo_memory(files.options))}
     if files.kind == "remote":
         return {"ram": replicas * WORKING_ECHO}
-    each = weight_bytes(Path(files.folder), member.section) + kv_bytes(config, member, pools.get(pool, 0))
+    each = weight_bytes(Path(files.folder), member.section) + kv_bytes(config, member, files, pools)
     if pool == "ram":
-        return {"ram": replicas * (each + WORKING)}
+        return {"ram": replicas * (each + (WORKING if files.kind == "openvino" else WORKING_TORCH))}
     return {"ram": replicas * 2 * WORKING, pool: replicas * each}
+
+
+def arithmetic(config: Config, member: Member, files: ModelFiles, pools: Mapping[str, int]) -> str:
+    """How `needs` comes about, and what makes it less, for a person; empty where there is nothing to say."""
+    entry = member.entry
+    if files.kind in ("echo", "remote") or (entry is not None and entry.memory_gib is not None):
+        return ""
+    weights, kept = weight_bytes(Path(files.folder), member.section), kv_bytes(config, member, files, pools)
+    replicas = f", for each of {entry.replicas} replicas" if entry is not None and entry.replicas > 1 else ""
+    return (
+        f"That is {weights / 2**30:.2f} GiB of weights, {kept / 2**30:.2f} GiB for keys and values (its context is "
+        f"{files.context_length:,} tokens) and the process{replicas}. "
+        "Lower `context` or `kv_cache_gib`, quantize it, or raise memory_budget_gib."
+    )
 
 
 def weight_bytes(folder: Path, section: ModelSection) -> int:

@@ -38,7 +38,9 @@ def added(old: Config, new: Config, members: Sequence[Member]) -> list[Member]:
     What is there stays as it is: its workers may be running. What is different is another version.
     """
     for name, entry in old.fleet.models.items():
-        if new.fleet.models.get(name) != entry:
+        if name not in new.fleet.models:
+            raise ConfigError(f"models.{name} is served: start the server again to be without it.")
+        if new.fleet.models[name] != entry:
             raise ConfigError(
                 f'models.{name} is served as it was; for other values add a version of it, [models."NAME@VERSION"],'
                 " or start the server again."

@@ -164,6 +164,11 @@ class Upgrades:
     def _residence(self, name: str) -> Residence:
         found = self._yard.residences.get(name) or self._yard.residences.get(self.current.get(name, ""))
         found = found or next((each for each in self._yard.residences.values() if name in each.files.aliases), None)
+        alias = self._section().aliases.get(name)
+        if found is None and alias is not None:
+            if alias.to is None:
+                raise ModelRefused(f"{name} stands for several models: name one of {', '.join(alias.split)}.")
+            return self._residence(alias.to)
         if found is None:
             raise ModelNotFound(f"There is no model {name[:100]!r} here; there is {', '.join(self._yard.residences)}.", param="model")
         return found
@@ -191,6 +196,8 @@ class Upgrades:
         if not family:
             raise ModelRefused(f"{new} has no versions: it is not in [models].")
         old = self.current[family]
+        if family in self._under_way:
+            raise ModelRefused(f"{family} is being upgraded already.")
         if old == new:
             raise ModelRefused(f"{family} is {new} already.")
         upgrade = self._begin(family, old, new)

@@ -19,6 +19,7 @@ from headrace.cli.checks import (
 from headrace.cli.fit import Fit, measure
 from headrace.cli.machine import Memory
 from headrace.config import AccessSection, Config, EngineSection, ModelSection, ServerSection
+from headrace.engine.processor import features, kv_element_bytes
 from headrace.errors import ModelError
 
 GIB = 2**30
@@ -45,10 +46,15 @@ def test_a_folders_needs(model_folder: Path) -> None:
     fit = measure(Config(model=ModelSection(model=str(model_folder))))
     assert fit.here
     assert fit.weights == 10_000
-    assert fit.kv_per_token == int(2 * 2 * 3 * 64 * 1.1875)
+    assert fit.kv_per_token == int(2 * 2 * 3 * 64 * kv_element_bytes(features()))
     assert fit.context == 2048
     assert fit.needed == fit.least + 2048 * fit.kv_per_token
     assert measure(Config(model=ModelSection(model=str(model_folder), context=100))).context == 100
+
+
+def test_keys_and_values_are_as_wide_as_attention_computes() -> None:
+    assert [kv_element_bytes(frozenset(flags)) for flags in (["avx2"], ["avx512_bf16"], ["amx_bf16"])] == [1.1875, 2, 2]
+    assert kv_element_bytes(frozenset({"avx512_bf16"}), deterministic=True) == 4
 
 
 def test_needs_of_what_is_not_here(tmp_path: Path) -> None:

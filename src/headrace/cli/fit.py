@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.config import Config
+from headrace.engine.processor import features, kv_element_bytes
+from headrace.models.openvino_folder import kv_elements
 
 _WORKING = 300 * 2**20
 """Bytes of a worker beside weights and keys: the interpreter, OpenVINO, its compiled graph (SmolLM2-135M: 290 MiB)."""
-
-_KV_BYTES = 1.1875
-"""Bytes an element of keys and values takes in 8-bit blocks of 32 tokens, scales included: the mean of 40/32 and 72/64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ def measure(config: Config) -> Fit:
         case Remote():
             return Fit(address.url, "runs elsewhere", here=True)
         case Local(path):
-            return _local(path, section.context)
+            return _local(path, section.context, deterministic=config.engine.deterministic)
         case Repository() | catalog.CatalogEntry():
             sources = {address.source, address.mirror} if isinstance(address, catalog.CatalogEntry) else {str(address)}
             name = section.model if isinstance(address, Repository) else address.name
@@ -68,16 +66,17 @@ def measure(config: Config) -> Fit:
             for model in here:
                 converted = (Path(model.folder) / "openvino_model.bin").is_file()
                 if not (as_it_came and converted) and (model.source in sources or model.name == name):
-                    return _folder(Path(model.folder), name, section.context or model.context_length)
+                    context = section.context or model.context_length
+                    return _folder(Path(model.folder), name, context, deterministic=config.engine.deterministic)
             if isinstance(address, Repository):
                 return Fit(name, "is not in the cache, so its size isn't known yet")
             # Downloaded, converted, and for a moment both.
             return Fit(name, weights=address.size, known_need=address.memory, to_write=4 * address.size)
 
 
-def _local(path: Path, context: int | None) -> Fit:
+def _local(path: Path, context: int | None, *, deterministic: bool) -> Fit:
     if path.is_dir() and (path / "openvino_model.bin").is_file():
-        return _folder(path, path.name, context or 0)
+        return _folder(path, path.name, context or 0, deterministic=deterministic)
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
     weights = sum(file.stat().st_size for file in files)
     return Fit(path.name, weights=weights, to_write=2 * weights, here=True)
@@ -93,28 +92,11 @@ def _as_stored(folder: Path, name: str, context: int) -> Fit:
     )
 
 
-def _folder(folder: Path, name: str, context: int) -> Fit:
+def _folder(folder: Path, name: str, context: int, *, deterministic: bool) -> Fit:
     from headrace.models.card import read_card
 
     if not (folder / "openvino_model.bin").is_file():
         return _as_stored(folder, name, context or read_card(folder).context_length)
     weights = (folder / "openvino_model.bin").stat().st_size
-    return Fit(name, weights=weights, kv_per_token=_kv_per_token(folder), context=context or read_card(folder).context_length, here=True)
-
-
-def _kv_per_token(folder: Path) -> int:
-    """From the graph's key and value variables, of shape [sequence, heads, tokens, head size].
-
-    Each is there twice under one name: where it is read, and where it is assigned.
-    """
-    shapes: dict[str, str] = {}
-    with (folder / "openvino_model.xml").open(encoding="utf-8", errors="replace") as graph:
-        for line in graph:
-            if found := re.search(r'variable_id="([^"]*)".*variable_shape="([^"]*)"', line):
-                shapes[found[1]] = found[2]
-    elements = 0
-    for shape in shapes.values():
-        fixed = [int(size) for size in shape.split(",") if size.strip().isdigit()]
-        if len(fixed) == 2 and shape.count(",") == 3:
-            elements += fixed[0] * fixed[1]
-    return int(elements * _KV_BYTES)
+    kv_per_token = int(kv_elements(folder) * kv_element_bytes(features(), deterministic=deterministic))
+    return Fit(name, weights=weights, kv_per_token=kv_per_token, context=context or read_card(folder).context_length, here=True)

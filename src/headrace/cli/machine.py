@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.engine.processor import features as processor_features
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -56,8 +58,7 @@ def cores(root: Path = Path("/")) -> float:
 
 def features(root: Path = Path("/")) -> frozenset[str]:
     """The processor's feature flags, in Linux's words: `avx2`, `avx512_bf16`, `amx_tile`, …"""
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+    return processor_features(root)
 
 
 def processor(root: Path = Path("/")) -> str:
