@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headrace.engine.echo import EchoEngine
-from headrace.engine.step_notes import NotedSteps, begin_notes, notes_path, read_last_step
+from headrace.engine.step_notes import NotedSteps, begin_notes, digest, notes_path, read_last_step
 from headrace.engine.suspects import Turns
 from headrace.engines import MAX_SUBMISSIONS, EngineClient
 from headrace.errors import EngineUnavailable, HeadraceError, RequestQuarantined
@@ -171,6 +171,72 @@ async def test_who_gets_on_between_deaths_is_never_blamed() -> None:
         assert client.quarantined.convictions == 0
 
 
+@pytest.mark.parametrize("further", [True, False])
+async def test_a_long_prompt_that_gets_further_each_time_is_never_blamed(further: bool) -> None:
+    """Its first token is far away, and engines are killed before; but never in the same place."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Worker(Path(folder))
+        client = EngineClient(worker.path)
+        task = asyncio.create_task(collect(client, ask(id="long")))
+        client.connect()
+        deaths = 6
+        for pid in range(2, 2 + deaths):
+            engine = Resuming()
+            notes = NotedSteps(notes_path(worker.path, pid))
+            await worker.live(engine, pid=pid, notes=notes)
+            await until(lambda engine=engine: getattr(engine, "seen", 0))
+            begin = 512 * pid if further else 512
+            notes.step(["long"], [(begin, begin + 512)])
+            assert worker.server is not None
+            worker.server._turns.notes = None
+            await worker.die()
+            await until(lambda: not client.ready)
+            if task.done():
+                break
+        if further:
+            assert client.waiting == 1
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        else:
+            assert pid < 1 + deaths
+            with pytest.raises(RequestQuarantined):
+                await task
+        await client.close()
+        worker.listening.close()
+
+
+async def test_kills_from_outside_do_not_hit_the_same_suspect_again_and_again() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Worker(Path(folder))
+        client = EngineClient(worker.path)
+        names = ["a", "b", "c"]
+        tasks = [asyncio.create_task(collect(client, ask(name, id=name))) for name in names]
+        client.connect()
+        alone = []
+        for pid in range(2, 6):
+            engine = Resuming()
+            notes = NotedSteps(notes_path(worker.path, pid))
+            await worker.live(engine, pid=pid, notes=notes)
+            await until(lambda engine=engine: getattr(engine, "seen", 0))
+            last = read_last_step(notes_path(worker.path, pid))
+            assert last is not None
+            lone = [name for name in names if last.alone(name)]
+            notes.step(lone or names)
+            alone += lone
+            assert worker.server is not None
+            worker.server._turns.notes = None
+            await worker.die()
+            await until(lambda: not client.ready)
+        assert alone == ["a", "b", "c"]
+        assert client.waiting == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
+        worker.listening.close()
+
+
 async def test_queued_requests_are_no_suspects_however_the_engine_dies() -> None:
     async with lives(poison="", pace=0.002, max_sequences=1) as made, client_of(made) as client:
         await client.start()
@@ -181,7 +247,7 @@ async def test_queued_requests_are_no_suspects_however_the_engine_dies() -> None
         await until(lambda: made.worker.engine.stats().completion_tokens > 3)
         last = read_last_step(notes_path(made.worker.path, made.worker.server._pid))  # type: ignore[union-attr]
         assert last is not None
-        assert last.members == frozenset()
+        assert last.members == {}
         made.worker.engine.dead.set()
         assert text_of(await long) == "l" * 300
         assert [text_of(await task) for task in queued] == ["q"] * 5
@@ -325,14 +391,20 @@ async def test_notes_are_cleared_away(tmp_path: Path) -> None:
     for number in range(30):
         NotedSteps(notes_path(str(socket), 2**22 + 10 + number))
     notes = begin_notes(str(socket))
-    notes.step(["a", "b~3"])
+    notes.step(["a", "b~3"], [(512, 1024), (0, 7)])
     assert len([*tmp_path.iterdir()]) == 17
     (ours,) = [path for path in tmp_path.iterdir() if int(path.name.rpartition("-")[2]) < 2**22]
     last = read_last_step(ours)
     assert last is not None
     assert last.took_part("a")
     assert last.took_part("b")
+    assert (last.span("a"), last.span("b")) == ((512, 1024), (0, 7))
     assert not last.took_part("c")
+    notes.step(["c"])
+    again = read_last_step(ours)
+    assert again is not None
+    assert again.members.keys() == {digest("c")}
+    assert again.span("c") == (0, 0)
     assert read_last_step(tmp_path / "none") is None
 
 

@@ -86,6 +86,7 @@ class _Stream:
         "lone_deaths",
         "model",
         "pending",
+        "reached",
         "request",
         "rest",
         "scored",
@@ -127,7 +128,9 @@ class _Stream:
         self.fruitless = 0
         """Workers in a row that died without having sent anything for it."""
         self.lone_deaths = 0
-        """Of these workers, those that it had to itself."""
+        """Of these workers, those that it had to itself and that got no further with it than the one before."""
+        self.reached: int | None = None
+        """Tokens of it that would have been computed after the step that the last of them died of."""
         self.suspect = False
         """A worker may have died of it: the next one runs it alone."""
         self.model = ""
@@ -716,7 +719,7 @@ class EngineClient:
 
     def _submit_waiting(self, connection: FrameConnection[FromWorker]) -> None:
         # Suspects first: whom the worker has begun with must make room for them again.
-        for stream in sorted(self._waiting.values(), key=lambda stream: not stream.suspect):
+        for stream in sorted(self._waiting.values(), key=_turn):
             if stream.error is None:
                 try:
                     self._submit(stream, connection, waited=True)
@@ -734,7 +737,7 @@ class EngineClient:
             other._in_use = True
             other._on_wanted()
         moved, self._waiting = self._waiting, {}
-        for stream in sorted(moved.values(), key=lambda stream: not stream.suspect):
+        for stream in sorted(moved.values(), key=_turn):
             stream.home = other
             stream.handle = next(other.handles)
             other._waiting[stream.handle] = stream
@@ -780,7 +783,15 @@ class EngineClient:
         if len(stream.ended) == len(stream.generated):
             self._complete(stream)
             return
+        further = False
         if stream.got_on:
+            stream.reached = None
+        else:
+            begun, end = (0, 0) if last is None else last.span(stream.request.id)
+            # Past all that was computed in the step that died before: that step was not what kills.
+            further = stream.reached is not None and begun >= stream.reached > 0
+            stream.reached = end
+        if stream.got_on or further:
             stream.fruitless = stream.lone_deaths = 0
             stream.suspect = False
         else:
@@ -795,7 +806,7 @@ class EngineClient:
         elif (refusal := self._closed or self._unavailable or self.quarantined.refusal(stream.request)) is not None:
             stream.fail(refusal)
         else:
-            if not stream.got_on:
+            if not stream.got_on and not further:
                 stream.suspect |= last is None or last.took_part(stream.request.id) or stream.fruitless >= MAX_SUBMISSIONS
             if stream.got_on and not stream.model:
                 stream.model = self._card.fingerprint
@@ -853,6 +864,12 @@ class EngineClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _turn(stream: _Stream) -> tuple[bool, int]:
+    """Suspects first, and of them those first that no engine of their own has died with: kills from outside don't hit the same one again
+    and again."""
+    return not stream.suspect, stream.lone_deaths
 
 
 def _at_deadline(stream: _Stream) -> None:

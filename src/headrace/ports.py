@@ -385,8 +385,9 @@ class Counters(Protocol):
 class StepNotes(Protocol):
     """Where an engine's process notes whom its death would make suspect; what is noted survives it."""
 
-    def step(self, request_ids: Sequence[str]) -> None:
-        """A step begins with these requests that this engine has not made a token for yet. Called only when there are some, or were."""
+    def step(self, request_ids: Sequence[str], spans: Sequence[tuple[int, int]] = ()) -> None:
+        """A step begins with these requests that this engine has not made a token for yet. Called only when there are some, or were.
+        `spans`, where they are known: how many tokens of each were computed before, and will be after."""
         ...
 
     def alone(self, request_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,9 +151,11 @@ class Notes:
 
     def __init__(self) -> None:
         self.steps: list[list[str]] = []
+        self.spans: list[list[tuple[int, int]]] = []
 
-    def step(self, request_ids: Sequence[str]) -> None:
+    def step(self, request_ids: Sequence[str], spans: Sequence[tuple[int, int]] = ()) -> None:
         self.steps.append([*request_ids])
+        self.spans.append([*spans])
 
     def alone(self, request_id: str) -> None: ...
 
@@ -168,6 +171,11 @@ def test_only_who_has_got_nothing_yet_is_noted() -> None:
     driven.add([4] * 20, name="b", max_tokens=3)
     driven.drain()
     assert notes.steps[3:] == [["b"]] * 3 + [[]]
+    # Each step's tokens follow those of the one before, so that it shows how far a request has come.
+    spans = [span for (span,) in notes.spans[3:6]]
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    assert spans[-1][1] >= 20
 
 
 @settings(max_examples=40, deadline=None)

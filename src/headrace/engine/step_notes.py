@@ -1,7 +1,8 @@
 """Who took part in the step that an engine died of: a page of memory in a file, which outlives the process that wrote it.
 
 Beside the worker's socket, one file a process. Only requests that the engine has made no token for are noted: whoever gets on
-between deaths is not to blame for them. Requests are noted by a digest of their id.
+between deaths is not to blame for them. Requests are noted by a digest of their id, with the tokens that the step computes of them: whoever
+was further than at the death before has got on, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 _MAGIC = int.from_bytes(b"hrnotes1", "little")
-_WORDS = 1024
+_WORDS = 2048
 _MAGIC_AT, _ALONE, _COUNT, _FIRST = range(4)
 _KEPT = 16
 """Files of dead processes that are left for who may yet read them."""
@@ -29,11 +30,15 @@ def notes_path(socket_path: str, pid: int) -> Path:
 class LastStep:
     """What a dead worker had noted."""
 
-    members: frozenset[int]
+    members: dict[int, tuple[int, int]]
+    """With how many tokens of each were computed before the step, and would have been after it; (0, 0) where that isn't known."""
     alone_: int
 
     def took_part(self, request_id: str) -> bool:
         return digest(request_id) in self.members
+
+    def span(self, request_id: str) -> tuple[int, int]:
+        return self.members.get(digest(request_id), (0, 0))
 
     def alone(self, request_id: str) -> bool:
         """Whether the engine was this request's alone."""
@@ -59,11 +64,13 @@ class NotedSteps:
             os.close(descriptor)
         self._words = memoryview(self._map).cast("Q")
 
-    def step(self, request_ids: Sequence[str]) -> None:
+    def step(self, request_ids: Sequence[str], spans: Sequence[tuple[int, int]] = ()) -> None:
         words = self._words
-        count = min(len(request_ids), _WORDS - _FIRST)
+        count = min(len(request_ids), (_WORDS - _FIRST) // 2)
         for number in range(count):
-            words[_FIRST + number] = digest(request_ids[number])
+            begin, end = spans[number] if spans else (0, 0)
+            words[_FIRST + 2 * number] = digest(request_ids[number])
+            words[_FIRST + 2 * number + 1] = begin << 32 | end
         words[_COUNT] = count
 
     def alone(self, request_id: str) -> None:
@@ -78,7 +85,9 @@ def read_last_step(path: Path) -> LastStep | None:
         return None
     if len(words) != _WORDS or words[_MAGIC_AT] != _MAGIC:
         return None
-    return LastStep(frozenset(words[_FIRST : _FIRST + min(words[_COUNT], _WORDS - _FIRST)]), words[_ALONE])
+    noted = words[_FIRST : _FIRST + 2 * min(words[_COUNT], (_WORDS - _FIRST) // 2)].tolist()
+    members = {name: (span >> 32, span & 0xFFFFFFFF) for name, span in zip(noted[::2], noted[1::2], strict=True)}
+    return LastStep(members, words[_ALONE])
 
 
 def begin_notes(socket_path: str) -> NotedSteps:

@@ -179,7 +179,13 @@ class Stepper:
         if self.notes is not None and (self._fresh or before or self._noted):
             suspects = [*dict.fromkeys(before + self._fresh)]
             self._noted = bool(suspects)
-            self.notes.step(suspects)
+            spans = []
+            for name in suspects:
+                job = self._jobs.get(name)
+                done = 0 if job is None else sum([sequence.computed for sequence in job.sequences])
+                # One that decodes already computes a token.
+                spans.append((done, done + max(1, sum([chunk.end - chunk.begin for chunk in chunks if chunk.sequence.job is job]))))
+            self.notes.step(suspects, spans)
 
     def _expire(self, now: float) -> None:
         """End the requests whose time is up, saying where it went."""
