@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.config import FilterSection
 from headrace.errors import ConfigError
+from headrace.policies.filters import joint
 from headrace.policies.filters.personal import PERSONAL
 from headrace.policies.filters.rules import output_rules
 from headrace.policies.filters.stream import Rules, Stream
@@ -373,3 +374,13 @@ def test_a_token_costs_a_few_microseconds() -> None:
         stream.feed(token)
     # About 3 µs where nothing else runs.
     assert (time.thread_time() - start) / len(tokens) < 20e-6
+
+
+def test_states_are_forgotten_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rules(deny_output=("secret", "the end"), pii_output="mask", filter_mask="[gone]")
+    text = "Write to ada@example.com, or call +49 30 1234567; the second is not the answer. "
+    monkeypatch.setattr(joint, "FOLLOWERS_KEPT", 7)
+    for _ in range(2):
+        sent, _ = stepwise(made, list(text))
+        assert "".join(sent) == "Write to [gone], or call [gone]; the second is not the answer. "
+    assert made.joint._kept <= 7

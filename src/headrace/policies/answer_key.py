@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
 from hashlib import blake2b
 
 import msgspec
 
 from headrace.types import GenerateRequest
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same request would be answered, or stored, in another way."""
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -35,7 +34,7 @@ def answer_key(request: GenerateRequest, *, tenant: str, model: str, fingerprint
         request.tenant,
         model,
         fingerprint,
-        array("i", request.prompt).tobytes(),
+        request.prompt,
         request.messages,
         request.text,
         sampling,

@@ -155,9 +155,10 @@ class _Check:
             self._error = error
 
     def apply(self) -> None:
-        decisions = self._step.decisions(self._call)
-        for kind, action in self._made:
-            decisions(kind, action)
+        if self._made:
+            decisions = self._step.decisions(self._call)
+            for kind, action in self._made:
+                decisions(kind, action)
         if self._error is not None:
             raise self._error
         if self._text is not None:

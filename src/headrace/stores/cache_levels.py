@@ -26,9 +26,9 @@ from headrace.types import CacheSize, CacheTags
 READ_TIMEOUT = 0.25
 """Seconds that a request waits for the second level."""
 WRITE_TIMEOUT = 5.0
-GATHER = 0.02
+GATHER = 0.1
 """Seconds that a value waits for others to be written with."""
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 256
 MOST_WAITING = 1024
 MOST_BYTES_WAITING = 32 * 1048576
 """Values that wait to be written, and their bytes; what comes on top is kept in memory only."""

@@ -21,13 +21,19 @@ class Decisions:
         self._call = call
         self._stage: Stage = stage
         self._report = report
-        self._noted: Counter[str] = Counter()
-        before = call.notes.get(NOTE)
-        if before is not None:
-            self._noted.update({kind: int(number) for kind, _, number in (item.partition("=") for item in before.split(","))})
+        self._noted: Counter[str] | None = None
+        """Made with the first decision: most calls have none."""
 
     def __call__(self, kind: str, action: Action) -> None:
         self._call.filtered.append((self._stage, kind, action))
         if self._report:
+            if self._noted is None:
+                self._noted = self._noted_before()
             self._noted[kind] += 1
             self._call.notes[NOTE] = ",".join(f"{kind}={number}" for kind, number in self._noted.items())
+
+    def _noted_before(self) -> Counter[str]:
+        before = self._call.notes.get(NOTE)
+        if before is None:
+            return Counter()
+        return Counter({kind: int(number) for kind, _, number in (item.partition("=") for item in before.split(","))})

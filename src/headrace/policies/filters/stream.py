@@ -8,10 +8,11 @@ told as soon as no match under way reaches back to the character.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from headrace.policies.filters.automaton import Hit, Machine, Position
+from headrace.policies.filters.joint import Joint, JointState
 
 Action = Literal["mask", "block", "refuse", "strip"]
 Decide = Callable[[str, Action], None]
@@ -45,6 +46,11 @@ class Rules:
     mask: str
     glance: Callable[[str], bool] | None = None
     """Whether there may be a match in a whole text; a quick look that spares nearly all texts the machines."""
+    joint: Joint = field(init=False, compare=False)
+    """All machines together."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "joint", Joint([machine for machine, _ in self.machines]))
 
 
 class Run:
@@ -71,13 +77,14 @@ class Run:
 class Stream:
     """One text on its way. Positions are characters since its beginning."""
 
-    __slots__ = ("_decide", "_machines", "_mask", "_pending", "_positions", "_runs", "_stop", "base", "blocked", "masked", "seen")
+    __slots__ = ("_decide", "_joint", "_machines", "_mask", "_pending", "_runs", "_state", "_stop", "base", "blocked", "masked", "seen")
 
     def __init__(self, rules: Rules, decide: Decide) -> None:
         self._machines = rules.machines
         self._mask = rules.mask
         self._decide = decide
-        self._positions: list[Position] = [machine.start for machine, _ in rules.machines]
+        self._joint = rules.joint
+        self._state: JointState = rules.joint.start
         self._pending = ""
         self._runs: list[Run] = []
         self._stop: Run | None = None
@@ -91,54 +98,46 @@ class Stream:
 
     @property
     def positions(self) -> tuple[Position, ...]:
-        return tuple(self._positions)
+        return self._state.positions
 
     def feed(self, text: str) -> str:
         """Take the next piece; what can be sent of all pieces so far, matches masked."""
         if len(text) > PIECE:
             return "".join([self.feed(text[at : at + PIECE]) for at in range(0, len(text), PIECE) if not self.blocked])
-        positions = self._positions
-        hold = 0
-        classes = None
-        classified: list[object] = []
-        for index, (machine, _) in enumerate(self._machines):
-            if machine.classes is not classes:
-                classes = machine.classes
-                classified = [classes[character] for character in text]
-            position = positions[index]
-            for one in classified:
-                position = position[one]
-                if position.hits:
-                    return self._feed_with_hits(text, index)
-            positions[index] = position
-            if position.hold > hold:
-                hold = position.hold
+        state = self._state
+        for character in text:
+            state = state[character]
+            if state.hits:
+                return self._feed_with_hits(text)
+        self._state = state
+        hold = state.hold
         self.seen += len(text)
-        if not self._pending and not hold and not self._runs:
+        if not hold and not self._pending and not self._runs:
             self.base = self.seen
             return text
         self._pending += text
         return self._send(self.seen - hold)
 
-    def _feed_with_hits(self, text: str, first: int) -> str:
-        """As `feed`, from machine `first` on; those before it have been through the text and found nothing."""
+    def _feed_with_hits(self, text: str) -> str:
+        """As `feed`, one machine after the other: what they find counts in their order."""
         self._pending += text
         begin = self.seen
         self.seen += len(text)
-        for index in range(first, len(self._machines)):
-            machine, _ = self._machines[index]
-            position, classes = self._positions[index], machine.classes
+        positions = list(self._state.positions)
+        for index, (machine, _) in enumerate(self._machines):
+            position, classes = positions[index], machine.classes
             for place, character in enumerate(text, begin + 1):
                 position = position[classes[character]]
                 if position.hits:
                     self._note(index, position.hits, place)
-            self._positions[index] = position
-        return self._send(self.seen - max(position.hold for position in self._positions))
+            positions[index] = position
+        state = self._state = self._joint.state(tuple(positions))
+        return self._send(self.seen - state.hold)
 
     def finish(self) -> str:
         """The rest, now that the text has ended."""
         for index, (machine, _) in enumerate(self._machines):
-            hits = machine.end(self._positions[index])
+            hits = machine.end(self._state.positions[index])
             if hits:
                 self._note(index, hits, self.seen)
         return self._send(self.seen)
