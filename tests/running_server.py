@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,13 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
+from headrace.config import StoreSection
+from headrace.policies.key_desk import KeyDesk
+from headrace.policies.mint import Actor, Wish
 from headrace.policies.operator_pass import operator_pass
+from headrace.stores.opening import open_stores
+from headrace.stores.sql_keys import SqlKeys
+from headrace.types import KeyRecord
 
 T = TypeVar("T")
 
@@ -66,6 +73,21 @@ class RunningServer:
         """The headers of the operator's own commands."""
         pepper = (Path(self.environment["HEADRACE_DATA_DIR"]) / "pepper").read_bytes()
         return {"Authorization": f"Bearer {operator_pass(pepper, time.time())}"}
+
+    def new_key(self, name: str = "test", **wish: Any) -> tuple[KeyRecord, str]:
+        """Record and secret, made as `headrace keys create` makes them, without that command's second. `wish`: fields of `Wish`."""
+        names = {"data_dir": "HEADRACE_DATA_DIR", "database_url": "HEADRACE_DATABASE_URL"}
+        store = StoreSection.model_validate({field: self.environment[name] for field, name in names.items() if name in self.environment})
+
+        async def create() -> tuple[KeyRecord, str]:
+            database, pepper = open_stores(store)
+            try:
+                keys = SqlKeys(database)
+                return await KeyDesk(keys, keys, pepper).create(Wish(name=name, **wish), Actor("cli:tests"))
+            finally:
+                await database.close()
+
+        return asyncio.run(create())
 
     def _show_pass(self, request: httpx.Request) -> None:
         if (

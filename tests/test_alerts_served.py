@@ -7,8 +7,6 @@ import hmac
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,20 +204,14 @@ def test_long_queues_are_told_of(tmp_path: Path) -> None:
             assert len(receiver.taken) == 2
 
 
-def make_key(server: RunningServer, folder: Path, *flags: str) -> tuple[str, dict[str, str]]:
-    command = [sys.executable, "-m", "headrace", "keys", "create", "--json", *flags]
-    done = subprocess.run(command, env=server.environment, cwd=folder, capture_output=True, text=True, check=True)
-    made = json.loads(done.stdout)
-    return made["id"], {"Authorization": f"Bearer {made['secret']}"}
-
-
 @pytest.mark.parametrize("place", ["memory", "redis"])
 def test_a_budget_that_is_nearly_spent_is_told_of_once(tmp_path: Path, place: str, request: pytest.FixtureRequest) -> None:
     url = "memory://" if place == "memory" else request.getfixturevalue("redis_url")
     with receiving() as receiver:
         environment = settings(receiver, limits_url=url, max_workers=2)
         with RunningServer(tmp_path, "echo", environment=environment) as server:
-            key, headers = make_key(server, tmp_path, "--name", "the shop", "--budget-tokens", "1000", "--period", "total")
+            record, secret = server.new_key("the shop", budget_tokens=1000, budget_period="total")
+            headers = {"Authorization": f"Bearer {secret}"}
             used = 0
 
             def spend() -> None:
@@ -235,7 +227,7 @@ def test_a_budget_that_is_nearly_spent_is_told_of_once(tmp_path: Path, place: st
                 spend()
             fired = receiver.wait_for("HeadraceBudgetNearlySpent", "firing")
             assert before < 800 <= used
-            assert fired["labels"]["key"] == key
+            assert fired["labels"]["key"] == record.id
             assert fired["labels"]["key_name"] == "the shop"
             assert fired["labels"]["period"] == "total"
             assert fired["annotations"]["description"].startswith(f"{used} of 1000 tokens are spent")

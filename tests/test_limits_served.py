@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,8 @@ from running_server import RunningServer, alive, eventually
 
 pytestmark = pytest.mark.slow
 
+READER = frozenset({"inference", "usage"})
+
 
 def serving(folder: Path, model: str = "echo", *flags: str, **environment: str) -> RunningServer:
     return RunningServer(
@@ -32,10 +32,8 @@ def serving(folder: Path, model: str = "echo", *flags: str, **environment: str) 
     )
 
 
-def make_key(server: RunningServer, folder: Path, *flags: str) -> dict[str, str]:
-    command = [sys.executable, "-m", "headrace", "keys", "create", "--name", "test", "--json", *flags]
-    done = subprocess.run(command, env=server.environment, cwd=folder, capture_output=True, text=True, check=True)
-    return {"Authorization": f"Bearer {json.loads(done.stdout)['secret']}"}
+def make_key(server: RunningServer, **wish: Any) -> dict[str, str]:
+    return {"Authorization": f"Bearer {server.new_key(**wish)[1]}"}
 
 
 def ask(server: RunningServer, headers: dict[str, str], text: str = "hello", **more: Any) -> httpx.Response:
@@ -62,16 +60,15 @@ def agrees_with_the_ledger(server: RunningServer, headers: dict[str, str], budge
 
 
 @pytest.fixture(scope="module", params=["memory", "redis"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("limits")
     url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
     with serving(folder, "echo?pace=0.005", HEADRACE_LIMITS_URL=url) as started:
-        yield started, folder
+        yield started
 
 
-def test_200_at_once_admit_exactly_the_limit(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
-    headers = make_key(running, folder, "--rpm", "20")
+def test_200_at_once_admit_exactly_the_limit(running: RunningServer) -> None:
+    headers = make_key(running, rpm=20)
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: ask(running, headers), range(200)))
     assert {answer.status_code for answer in answers} == {200, 429}
@@ -87,9 +84,8 @@ def test_200_at_once_admit_exactly_the_limit(server: tuple[RunningServer, Path])
             assert answer.json()["error"]["code"] == "rate_limited"
 
 
-def test_a_stream_ends_with_its_budget_and_says_why(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
-    headers = make_key(running, folder, "--budget-tokens", "400", "--period", "day")
+def test_a_stream_ends_with_its_budget_and_says_why(running: RunningServer) -> None:
+    headers = make_key(running, budget_tokens=400, budget_period="day")
     answer = ask(running, headers, "abcdefgh" * 20, stream=True, stream_options={"include_usage": True}, ignore_eos=True, max_tokens=5000)
     assert answer.status_code == 200
     chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -102,9 +98,8 @@ def test_a_stream_ends_with_its_budget_and_says_why(server: tuple[RunningServer,
     assert 0 < int(refused.headers["retry-after"]) <= 86400
 
 
-def test_a_refused_prompt_is_not_counted_as_read(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
-    headers = make_key(running, folder, "--budget-tokens", "100")
+def test_a_refused_prompt_is_not_counted_as_read(running: RunningServer) -> None:
+    headers = make_key(running, budget_tokens=100)
 
     def read() -> float:
         lines = [line for line in running.client.get("/metrics").text.splitlines() if line.startswith("headrace_prompt_tokens_total{")]
@@ -117,9 +112,8 @@ def test_a_refused_prompt_is_not_counted_as_read(server: tuple[RunningServer, Pa
     eventually(lambda: read() != before, what="the count")
 
 
-def test_parallel_streams_never_pass_their_budget(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
-    headers = make_key(running, folder, "--budget-tokens", "3000", "--period", "total")
+def test_parallel_streams_never_pass_their_budget(running: RunningServer) -> None:
+    headers = make_key(running, budget_tokens=3000, budget_period="total")
 
     def total(_: int) -> int:
         answer = ask(running, headers, "abcd", ignore_eos=True)
@@ -130,9 +124,8 @@ def test_parallel_streams_never_pass_their_budget(server: tuple[RunningServer, P
     assert 2500 <= used <= 3000
 
 
-def test_concurrency_is_over_all_processes_and_free_again_after_hang_ups(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
-    headers = make_key(running, folder, "--concurrency", "2")
+def test_concurrency_is_over_all_processes_and_free_again_after_hang_ups(running: RunningServer) -> None:
+    headers = make_key(running, concurrency=2)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True, "max_tokens": 4000}
     for _ in range(3):
         clients = [httpx.Client(base_url=running.url, headers=headers, timeout=30, trust_env=False) for _ in range(2)]
@@ -144,10 +137,9 @@ def test_concurrency_is_over_all_processes_and_free_again_after_hang_ups(server:
         assert eventually(lambda: ask(running, headers).status_code == 200, within=5)
 
 
-def test_what_a_killed_process_held_comes_back_and_its_budget_is_the_ledgers(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
+def test_what_a_killed_process_held_comes_back_and_its_budget_is_the_ledgers(running: RunningServer) -> None:
     budget = 100_000
-    headers = make_key(running, folder, "--concurrency", "1", "--budget-tokens", str(budget), "--scopes", "inference,usage")
+    headers = make_key(running, concurrency=1, budget_tokens=budget, scopes=READER)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True, "max_tokens": 4000}
     with httpx.Client(base_url=running.url, headers=headers, timeout=30, trust_env=False) as client:
         opened = client.stream("POST", "/v1/chat/completions", json=body)
@@ -164,7 +156,7 @@ def test_what_a_killed_process_held_comes_back_and_its_budget_is_the_ledgers(ser
 def test_what_processes_had_to_tell_redis_when_both_were_gone_is_told_when_it_is_back(tmp_path: Path) -> None:
     budget = 100_000
     with RedisServer() as redis, serving(tmp_path, "echo?pace=0.005", HEADRACE_LIMITS_URL=redis.url) as running:
-        headers = make_key(running, tmp_path, "--budget-tokens", str(budget), "--scopes", "inference,usage")
+        headers = make_key(running, budget_tokens=budget, scopes=READER)
         body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True, "max_tokens": 200}
         with ExitStack() as stack:
             streams = []
@@ -187,10 +179,9 @@ def test_what_processes_had_to_tell_redis_when_both_were_gone_is_told_when_it_is
         assert eventually(lambda: agrees_with_the_ledger(running, headers, budget), within=20)
 
 
-def test_hang_ups_cost_what_the_engine_made(server: tuple[RunningServer, Path]) -> None:
-    running, folder = server
+def test_hang_ups_cost_what_the_engine_made(running: RunningServer) -> None:
     budget = 100_000
-    headers = make_key(running, folder, "--budget-tokens", str(budget), "--scopes", "inference,usage")
+    headers = make_key(running, budget_tokens=budget, scopes=READER)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True, "max_tokens": 4000}
     for _ in range(5):
         with (

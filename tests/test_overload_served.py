@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,13 +52,6 @@ def crowd(pool: ThreadPoolExecutor, server: RunningServer, count: int, tokens: i
     return asked
 
 
-def new_key(server: RunningServer, *flags: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "headrace", "keys", "create", "--name", "x", "--json", *flags]
-    done = subprocess.run(command, env=server.environment, capture_output=True, text=True, check=True, timeout=60)
-    made: dict[str, Any] = json.loads(done.stdout)
-    return made
-
-
 @pytest.mark.parametrize("said", ["0", "-1", "nan", "inf", "1e99", "soon", "", "1,2", "1_0"])
 @pytest.mark.parametrize(
     ("path", "body"),
@@ -100,11 +91,11 @@ def test_nobody_has_a_higher_priority_than_their_key(server: RunningServer) -> N
     assert ask(server, Headrace_Priority="critical").headers["x-headrace-priority"] == "default"
     assert ask(server, Headrace_Priority="sheddable").headers["x-headrace-priority"] == "sheddable"
     assert "x-headrace-priority" not in ask(server).headers
-    made = new_key(server, "--priority", "critical")
-    assert made["priority"] == "critical"
-    assert ask(server, key=made["secret"], Headrace_Priority="critical").headers["x-headrace-priority"] == "critical"
-    low = new_key(server, "--priority", "sheddable")
-    assert ask(server, key=low["secret"], Headrace_Priority="default").headers["x-headrace-priority"] == "sheddable"
+    record, secret = server.new_key(priority="critical")
+    assert record.priority == "critical"
+    assert ask(server, key=secret, Headrace_Priority="critical").headers["x-headrace-priority"] == "critical"
+    _, low = server.new_key(priority="sheddable")
+    assert ask(server, key=low, Headrace_Priority="default").headers["x-headrace-priority"] == "sheddable"
 
 
 def test_a_deadline_that_cant_be_met_is_refused_at_once_and_a_retry_is_not(server: RunningServer) -> None:
@@ -136,8 +127,8 @@ def test_a_deadline_ends_what_runs_and_says_where_the_time_went(server: RunningS
 
 
 def test_the_sheddable_make_room_and_no_tenant_is_refused_for_anothers_crowd(server: RunningServer) -> None:
-    critical = new_key(server, "--priority", "critical")["secret"]
-    other = new_key(server)["secret"]
+    _, critical = server.new_key(priority="critical")
+    _, other = server.new_key()
     with ThreadPoolExecutor(24) as pool:
         running = crowd(pool, server, SLOTS, 250)
         eventually(lambda: inside(server, "running") == SLOTS, what="first tokens")
@@ -157,7 +148,7 @@ def test_the_sheddable_make_room_and_no_tenant_is_refused_for_anothers_crowd(ser
 
 
 def test_priority_goes_first(server: RunningServer) -> None:
-    critical = new_key(server, "--priority", "critical")["secret"]
+    _, critical = server.new_key(priority="critical")
     ended: list[str] = []
 
     def noting(name: str, **more: Any) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,25 +106,19 @@ class Ordeal:
         return {f"HEADRACE_{name.upper()}": str(value) for name, value in settings.items()}
 
     def _make_keys(self) -> dict[str, Key]:
-        wanted: dict[str, tuple[bool, tuple[str, ...]]] = {
-            "free": (False, ("--tenant", "acme")),
-            "ample": (False, ("--tenant", "bits", "--budget-tokens", "100000000", "--concurrency", "1000")),
-            "budget": (True, ("--tenant", "acme", "--budget-tokens", str(BUDGET), "--period", "total")),
-            "rate": (True, ("--tenant", "bits", "--rpm", "60")),
-            "slots": (True, ("--concurrency", str(SLOTS), "--tpm", "1000000")),
-            "bucket": (True, ("--rpm", str(BUCKET))),
+        wanted: dict[str, tuple[bool, dict[str, Any]]] = {
+            "free": (False, {"tenant": "acme"}),
+            "ample": (False, {"tenant": "bits", "budget_tokens": 100_000_000, "concurrency": 1000}),
+            "budget": (True, {"tenant": "acme", "budget_tokens": BUDGET, "budget_period": "total"}),
+            "rate": (True, {"tenant": "bits", "rpm": 60}),
+            "slots": (True, {"concurrency": SLOTS, "tpm": 1_000_000}),
+            "bucket": (True, {"rpm": BUCKET}),
         }
-
-        def make(name: str) -> Key:
-            command = [sys.executable, "-m", "headrace", "keys", "create", "--name", name, "--json", "--scopes", "inference,usage"]
-            done = subprocess.run(
-                [*command, *wanted[name][1]], env=self._server.environment, cwd=self._folder, capture_output=True, text=True, check=True
-            )
-            told = json.loads(done.stdout)
-            return Key(name, told["id"], told["secret"], limited=wanted[name][0])
-
-        with ThreadPoolExecutor(3) as pool:
-            return dict(zip(wanted, pool.map(make, wanted), strict=True))
+        made = {}
+        for name, (limited, wish) in wanted.items():
+            record, secret = self._server.new_key(name, scopes=frozenset({"inference", "usage"}), **wish)
+            made[name] = Key(name, record.id, secret, limited=limited)
+        return made
 
     def _warm(self) -> list[Footprint]:
         """Everything has been used once when what it holds is looked at."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,15 @@ def test_chat_says_the_servers_reason_and_takes_the_turn_back(cli: Cli, protocol
     assert [len(body["messages"]) for body in protocol_server.bodies] == [1, 1]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where the tests were started in the background of a script, Ctrl-C is ignored, and by their children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_answer_and_not_the_program(cli: Cli, protocol_server: ProtocolServer, clean_env: dict[str, str]) -> None:
     protocol_server.plan = "hang"
     chat = subprocess.Popen(
