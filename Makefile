@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headrace
+# The fast tests are independent of each other. Those that start servers or load the model have the machine to themselves.
+FAST   := $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 .PHONY: serve test test-convert test-vllm quick check bench clean
 .DEFAULT_GOAL := help
+# Where it is set each of the hundreds of processes that the tests start would compile everything anew.
+test quick: export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make serve   install into $(VENV), fetch the default model, serve it on 127.0.0.1:8000"
@@ -38,10 +42,11 @@ check: $(STAMP)-test
 	$(BIN)/pytest -q tests/test_floors.py
 
 quick: check
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(FAST)
 
 test: check
-	$(BIN)/pytest
+	$(FAST)
+	$(BIN)/pytest -m "slow or gpu"
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
 test-convert: $(STAMP)-test
