@@ -32,6 +32,8 @@ from headrace.types import Report, UsageRow
 
 COMPANY = 0.05
 """Seconds that settlements wait for others, or for an opening to go with."""
+SPACING = 0.004
+"""Seconds from the beginning of a commit to that of the next, at least: in busy times more requests share one."""
 GROUP = 1000
 """Most rows in one commit."""
 PATIENCE = 2.0
@@ -144,6 +146,10 @@ class Bookkeeper:
             first = self._entries.get(shared_with)
             if first is None:
                 self._close_sharer(row, None)
+                return
+            if shared_with == row.id and not (more or first.engines or first.sharers):
+                first.done = row  # nobody shared it
+                self._finish(row.id, first)
                 return
             # Until all have left, the slot is on the bill of the first: who dies now leaves one open row that has it all.
             first.sharers.append(row)
@@ -263,10 +269,15 @@ class Bookkeeper:
     # Writing
 
     async def _write_groups(self) -> None:
+        now = asyncio.get_running_loop().time
+        begun = -SPACING
         while True:
             await self._due.wait()
             self._due.clear()
             while self._opening or self._settling:
+                if (early := begun + SPACING - now()) > 0 and not self._closing:
+                    await asyncio.sleep(early)
+                begun = now()
                 opening, self._opening = self._opening[:GROUP], self._opening[GROUP:]
                 settling, self._settling = self._settling[:GROUP], self._settling[GROUP:]
                 self._in_hand = len(settling)
