@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "headrace"
 
 FLOORS: dict[str, int] = {
     "types": 0,
+    "unwinding": 0,
     "claims": 0,
     "waiting": 0,
     "errors": 0,

@@ -6,7 +6,6 @@ Read `Journey.run`; it is the whole story. Which steps there are, and in which o
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
 from hashlib import sha256
 
 from headrace.config import Config
@@ -29,6 +28,7 @@ from headrace.policies.shadow import Shadow, Told
 from headrace.ports import Answers, Books, HandsOver, Limits, Step, hands_over
 from headrace.served import ServedModels
 from headrace.types import Call, Event, Sink
+from headrace.unwinding import Unwinding
 
 
 class Journey:
@@ -95,14 +95,14 @@ class Journey:
         Raises `HeadraceError`s; those that refuse the call come before the first batch. When it is over,
         however it ended, `call.outcome` is complete.
         """
-        async with AsyncExitStack() as stack:
+        async with Unwinding() as entered:
             try:
                 for step in self._steps:
-                    await stack.enter_async_context(step(call))
+                    await entered.enter(step(call))
                 if self._fallbacks is None:
-                    source = await self._attempt(call, stack)
+                    source = await self._attempt(call, entered)
                 else:
-                    source = await self._fallbacks.open(call, stack, self._attempt)
+                    source = await self._fallbacks.open(call, entered, self._attempt)
                 handed_over = False
                 async for batch in source:
                     batch = _passed(call, batch)
@@ -119,17 +119,17 @@ class Journey:
                 call.outcome.error = error
                 raise
 
-    async def _attempt(self, call: Call, stack: AsyncExitStack) -> AsyncIterator[list[Event]]:
+    async def _attempt(self, call: Call, entered: Unwinding) -> AsyncIterator[list[Event]]:
         """The steps for the model that the call asks for now, and the source of its events."""
         for step in self._attempt_steps:
-            await stack.enter_async_context(step(call))
+            await entered.enter(step(call))
         source = call.source
         if source is None:
             assert call.request is not None, "the prepare step makes the request"
             source = call.source = self._models.find(call.served_model).engine.generate(call.request)
         if call.share is not None:
             source = call.share(source)
-        stack.push_async_callback(_close, source)
+        entered.close(source)
         return source
 
 
@@ -176,9 +176,3 @@ class _Passing:
             if call.ended:
                 self._source.stop()
         return True
-
-
-async def _close(source: AsyncIterator[list[Event]]) -> None:
-    close = getattr(source, "aclose", None)
-    if close is not None:
-        await close()

@@ -7,13 +7,12 @@ one, isn't refused for this one's queue.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Protocol, runtime_checkable
 
 from headrace.errors import HeadraceError
 from headrace.served import ServedModels
 from headrace.types import Call, GenerateRequest
+from headrace.unwinding import before
 from headrace.waiting import Bounds, Newcomer, Queue, is_full, no_room, place, who_gives_way
 
 
@@ -34,15 +33,14 @@ class Admit:
         # Asked once: whether something is of a protocol takes Python longer than all the rest of this step.
         self._telling = {model.files.name: model.engine for model in models if isinstance(model.engine, TellsCrowd)}
 
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
+    @before
+    async def __call__(self, call: Call) -> None:
         if call.source is None and call.request is not None:
             engine = self._telling.get(self._models.find(call.served_model).files.name)
             if engine is not None and (crowd := engine.crowd()) is not None:
                 refusal = foreseen(*crowd, call.request)
                 if refusal is not None:
                     raise refusal
-        yield
 
 
 def foreseen(queue: Queue, bounds: Bounds, request: GenerateRequest) -> HeadraceError | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 
 from headrace.errors import Forbidden, ModelNotFound
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, KeyRecord
+from headrace.unwinding import before
 
 
 class Authorize:
@@ -16,15 +16,13 @@ class Authorize:
     def __init__(self, models: ServedModels) -> None:
         self._models = models
 
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
+    @before
+    async def __call__(self, call: Call) -> None:
         if call.caller is not None and call.caller.models:
             asked = call.asked
             if asked is not None and asked[1] == call.model and asked[0] in call.caller.models:
-                yield  # the key is for the alias, whatever that stands for
-                return
+                return  # the key is for the alias, whatever that stands for
             find_for(call.caller, self._models, call.model)
-        yield
 
 
 def may_use(key: KeyRecord | None, model: ServedModel, name: str = "") -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from headrace.policies.callers import Callers
 from headrace.types import PRIORITIES, Call, Caller, Priority
+from headrace.unwinding import before
 
 
 class Identify:
@@ -15,11 +13,10 @@ class Identify:
     def __init__(self, callers: Callers) -> None:
         self._callers = callers
 
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
+    @before
+    async def __call__(self, call: Call) -> None:
         if not call.identified:
             await self.identify(call)
-        yield
 
     async def identify(self, call: Call) -> None:
         introduce(call, await self._callers.admit(call.token, call.address, "inference", required=call.key_required))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from headrace.policies.claimants import Claimants
 from headrace.policies.rate_answers import refusal, show_limits
 from headrace.ports import Limits
 from headrace.types import Call
+from headrace.unwinding import before
 
 
 class LimitRequests:
@@ -18,12 +16,11 @@ class LimitRequests:
         self._claimants = claimants
         self._limits = limits
 
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
+    @before
+    async def __call__(self, call: Call) -> None:
         claims = self._claimants.claims(call)
         if claims:
             refused, rooms = self._limits.peek(claims)
             show_limits(call, claims, rooms)
             if refused is not None:
                 raise refusal(claims, refused)
-        yield

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import msgspec
 
@@ -13,6 +12,7 @@ from headrace.errors import ContextLengthExceeded, InvalidParameter, ModelNotLoa
 from headrace.policies.prompt_memo import PromptMemo
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, EngineCard, GenerateRequest, Message, Sampling
+from headrace.unwinding import before
 
 INLINE_CHARACTERS = 4096
 """Texts up to this are encoded on the event loop (about 2 ms at most); longer ones go to a thread."""
@@ -43,8 +43,8 @@ class Prepare:
         self._timeout = server.request_timeout
         self._memo = PromptMemo()
 
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
+    @before
+    async def __call__(self, call: Call) -> None:
         model = self._models.find(call.model)
         call.served_model = model.files.name
         call.deadline = call.started_at + (self._timeout if call.timeout is None else min(call.timeout, self._timeout))
@@ -77,7 +77,6 @@ class Prepare:
                 priority=call.priority,
             )
             call.outcome.prompt_tokens = len(prompt)
-        yield
 
     async def _prompt(self, call: Call, model: ServedModel, limit: int) -> list[int]:
         if call.tokens is not None:

@@ -7,7 +7,6 @@ spliced together. Every candidate goes through the steps as if it had been asked
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,14 +17,15 @@ from headrace.policies.degrade import names_token_ids
 from headrace.ports import TakesBatch, hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Delta, Event, GenerateRequest, Outcome, Report
+from headrace.unwinding import Unwinding
 
 HEADER = FALLBACK_HEADER
 """Its value is the code of the error that made a fallback necessary."""
 CANNED = "canned"
 """What the model header says for a configured answer."""
 
-Attempt = Callable[[Call, AsyncExitStack], Awaitable[AsyncIterator[list[Event]]]]
-"""Enters the steps for a call as it stands, on a stack, and gives the source of its events."""
+Attempt = Callable[[Call, Unwinding], Awaitable[AsyncIterator[list[Event]]]]
+"""Enters the steps for a call as it stands, and gives the source of its events."""
 
 
 class OldAnswers(Protocol):
@@ -61,8 +61,8 @@ class Fallbacks:
         self._chains |= {name: tuple(map(candidate, chain)) for name, chain in chains.items()}
         self._old = old
 
-    async def open(self, call: Call, stack: AsyncExitStack, attempt: Attempt) -> AsyncIterator[list[Event]]:
-        """Events of the first candidate that begins to answer. Its steps are left with `stack`, those of the others at once.
+    async def open(self, call: Call, entered: Unwinding, attempt: Attempt) -> AsyncIterator[list[Event]]:
+        """Events of the first candidate that begins to answer. Its steps are left with `entered`, those of the others at once.
 
         Raises what the model that was asked for raised, where it refuses the request, or where no fallback can answer either.
         """
@@ -70,10 +70,10 @@ class Fallbacks:
         # That of a family holds for the versions that have none of their own.
         chain = self._chains.get(model.files.name) or self._chains.get(model.family, ())
         if not chain:
-            return await attempt(call, stack)
+            return await attempt(call, entered)
         start = _Start(call)
         call.others_left = True
-        begun = await _begin(call, stack, attempt)
+        begun = await _begin(call, entered, attempt)
         if not isinstance(begun, HeadraceError):
             return begun
         failure, request = begun, call.request
@@ -89,7 +89,7 @@ class Fallbacks:
             elif (other := self._models.find(each.text)) is not model and _speaks_to(other, model, call):
                 asked, call.model = call.model, each.text
                 try:
-                    begun = await _begin(call, stack, attempt)
+                    begun = await _begin(call, entered, attempt)
                 except DeadlineExceeded:
                     raise
                 except HeadraceError as refusal:
@@ -166,14 +166,14 @@ class Begun:
         return self._first
 
 
-async def _begin(call: Call, stack: AsyncExitStack, attempt: Attempt) -> AsyncIterator[list[Event]] | HeadraceError:
+async def _begin(call: Call, entered: Unwinding, attempt: Attempt) -> AsyncIterator[list[Event]] | HeadraceError:
     """The source, with its first batch; or the error, where it failed before it began in a way that another candidate may not.
 
     Raises what else went wrong: refusals by the steps, and by the engine.
     """
     asked = False
     try:
-        async with AsyncExitStack() as steps:
+        async with Unwinding() as steps:
             try:
                 source = await attempt(call, steps)
                 asked = True
@@ -181,7 +181,7 @@ async def _begin(call: Call, stack: AsyncExitStack, attempt: Attempt) -> AsyncIt
             except BaseException as error:
                 call.outcome.error = error  # the steps settle by it
                 raise
-            await stack.enter_async_context(steps.pop_all())
+            entered.take_over(steps)
             return begun
     except StopAsyncIteration:
         return _given([])
