@@ -21,6 +21,8 @@ from headrace.types import PATIENT, PRIORITIES, PROMPT, GenerateRequest, Priorit
 BURST = 128
 """Requests of a tenant that may wait for longer than the target, behind all that needn't: two full `/chat/batch`es, say."""
 
+CROWDING = 2.0
+"""How many times as long as by itself a request may be made to take by others, if it is too long for its deadline anyway."""
 SLACK = 1.1
 """A request is refused for its deadline where it is predicted to take so many times that: a prediction is no promise."""
 
@@ -74,6 +76,8 @@ class Queue(msgspec.Struct, frozen=True, array_like=True):
     """Seconds that each sequence adds to a step."""
     length: float = 0.0
     """Tokens that a completion is expected to have; 0 where nothing is expected."""
+    share: float = 0.0
+    """Of the tokens that a completion may have, those that it is expected to."""
 
     @property
     def requests(self) -> int:
@@ -203,21 +207,27 @@ def crowded_out(queue: Queue, newcomer: Newcomer, rank: int, wait: float) -> Hea
     """Why the request is expected to run out of time in the present crowd, if so, and if without that crowd it is expected not to.
 
     A batch gives each of its sequences the fewer tokens a second the more there are; letting in more than can end in time would be
-    the ruin of all of them. A request that may take too long by itself is let in: it may end sooner than others do.
+    the ruin of all of them. A request that is expected to take too long by itself is let in, as long as the crowd doesn't slow it down
+    much: it may end sooner than others do.
     """
-    expected = max(newcomer.certain, min(float(newcomer.most), queue.length) - 1)
+    expected = max(float(newcomer.certain), min(newcomer.most, max(queue.length, queue.share * newcomer.most)) - 1)
     if newcomer.timeout is None or not _step(queue, 1) or expected <= 0:
         return None
     crowd = queue.running + _until(queue, newcomer, rank)[1]
     if queue.slots:
         crowd = max(newcomer.sequences, min(crowd, queue.slots))
-    work = expected * _step(queue, crowd)
-    alone = newcomer.tokens * queue.own + queue.step_fixed + expected * _step(queue, newcomer.sequences)
-    if wait + work <= newcomer.timeout or alone > newcomer.timeout:
+    room = newcomer.timeout - newcomer.tokens * queue.own - queue.step_fixed
+    fits = room / _step(queue, newcomer.sequences)
+    tokens, bearable = min(expected, max(1.0, fits)), newcomer.timeout * (1.0 if expected <= fits else CROWDING)
+    if wait + tokens * _step(queue, crowd) <= bearable:
         return None
+    work = expected * _step(queue, crowd)
+    # So many of those that run have to end first.
+    excess = crowd - int((bearable / tokens - queue.step_fixed) / queue.step_each) if queue.step_each else 0
+    freed = queue.frees[min(excess, len(queue.frees)) - 1] if queue.frees and excess > 0 else 0.0
     message = f"The request is expected to take longer than its {newcomer.timeout:g} s: about {wait:.2f} s to its first token"
     message += f", and {work:.2f} s for the {expected:.0f} tokens that are usual after it, beside {crowd - newcomer.sequences} others."
-    return DeadlineUnmeetable(message, retry_after=max(1.0, wait, queue.frees[-1] if queue.frees else 0.0))
+    return DeadlineUnmeetable(message, retry_after=max(1.0, wait, freed))
 
 
 def _step(queue: Queue, sequences: int) -> float:

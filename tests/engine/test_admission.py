@@ -52,6 +52,7 @@ _QUEUES = st.builds(
     step_fixed=st.floats(0, 1),
     step_each=st.floats(0, 1),
     length=st.floats(0, 1000),
+    share=st.floats(0, 1),
     flooded=st.booleans(),
     limit=st.floats(0, 5),
 )
@@ -260,11 +261,38 @@ def test_no_more_are_let_in_than_can_end_in_time(timeout: float) -> None:
     assert all(isinstance(each, DeadlineUnmeetable) and each.retry_after is not None for each in refused)
 
 
-def test_a_request_that_may_be_too_long_by_itself_is_let_in() -> None:
+def test_a_request_that_may_be_too_long_by_itself_is_let_in_unless_others_make_it_twice_as_long() -> None:
     engine = OverloadedEngine()
     engine.admission.pace = known_pace()
     engine.run([(0.0, {})], 3.0)
     assert engine.arrive(most=1000, timeout=0.3, may_end=True).refused is None
+    engine.run([(engine.now, {"most": 400})] * 40, engine.now + 3.0)
+    assert len(engine.running) == 41
+    assert isinstance(engine.arrive(most=1000, timeout=0.3, may_end=True).refused, DeadlineUnmeetable)
+
+
+def test_short_answers_to_short_requests_say_nothing_of_long_ones_and_cut_ones_even_less() -> None:
+    engine = OverloadedEngine()
+    admission = engine.admission
+    engine.run([(0.0, {"most": 5})] * 8, 2.0)
+    queue = admission.queue()
+    assert queue.length == pytest.approx(5)
+    assert queue.share == pytest.approx(1)
+    engine.arrive(most=1000)
+    engine.run([], engine.now + 1.0)
+    (job,) = engine.running
+    engine.running.remove(job)
+    assert job.done > 5
+    admission.ended(job.entry, cut=True)
+    assert admission.queue().length > 5
+    engine.arrive(most=1000)
+    engine.run([], engine.now + 0.08)
+    (job,) = engine.running
+    known = admission.queue().length
+    assert job.done < known
+    admission.ended(job.entry, cut=True)
+    assert admission.queue().length == known
+    assert admission.queue().share == pytest.approx(1)
 
 
 def test_a_bad_hour_is_forgotten() -> None:

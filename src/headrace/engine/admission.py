@@ -132,6 +132,8 @@ class Admission:
         self._looked_at = clock()
         self._length = 0.0
         """Mean of the completions' lengths, tokens; 0 before the first."""
+        self._share = 0.0
+        """Mean of what completions have of what they may have."""
         self._gap = 0.0
 
     @property
@@ -199,8 +201,8 @@ class Admission:
                     self._waited += now - entry.began_to_wait
                     self._foretold += entry.wait
 
-    def ended(self, entry: Entry) -> None:
-        """Nothing more comes of it. Idempotent."""
+    def ended(self, entry: Entry, *, cut: bool = False) -> None:
+        """Nothing more comes of it; `cut` if it didn't end by itself. Idempotent."""
         now = self._clock()
         self._look(now)
         if id(entry) in self._waiting:
@@ -209,7 +211,12 @@ class Admission:
             self._sequences_running -= entry.sequences
             assert entry.first_at is not None
             length = entry.generated / entry.sequences
-            self._length += _LATEST * (length - self._length) if self._length else length
+            if not cut:
+                share = length / max(1, entry.most)
+                self._share += _LATEST * (share - self._share) if self._share else share
+            if not cut or length > self._length:
+                # What was cut would have been longer.
+                self._length += _LATEST * (length - self._length) if self._length else length
             if length > 1:
                 gap = (now - entry.first_at) / (length - 1)
                 self._gap += _LATEST * (gap - self._gap) if self._gap else gap
@@ -256,6 +263,7 @@ class Admission:
             step_fixed=self.pace.fixed,
             step_each=self.pace.per_token,
             length=self._length or FIRST_LENGTH,
+            share=self._share,
         )
 
     def wait(self) -> float:

@@ -154,7 +154,7 @@ class EngineServer:
                 if not isinstance(what, HeadraceError):
                     admission.progressed(entry, sum([len(event.tokens) for event in what if type(event) is Delta]))
                 if over:
-                    admission.ended(entry)
+                    admission.ended(entry, cut=isinstance(what, HeadraceError) or not any(_finishes(event) for event in what))
                 if over or entry.generated:
                     outwaited()
                     self._release_soon()
@@ -404,6 +404,10 @@ def _of_this_engine(report: Report, request: GenerateRequest) -> Report:
     if request.resume is None:
         return report
     return msgspec.structs.replace(report, completion_tokens=report.completion_tokens - request.resume.tokens)
+
+
+def _finishes(event: Event) -> bool:
+    return type(event) is Delta and event.finish is not None
 
 
 def _nothing() -> None:
