@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from engine.upstream import DONE, USAGE, Reply, Upstream, chunk, serving
+from real_servers import free_port
 from running_server import RunningServer, eventually
 
 pytestmark = pytest.mark.slow
@@ -28,12 +29,12 @@ BROKEN = Reply([b'{"error": {"message": "out of order"}}'], status=500, kind="ap
 
 
 @contextmanager
-def upstream() -> Iterator[Upstream]:
+def upstream(port: int = 0) -> Iterator[Upstream]:
     """A real server elsewhere, in a thread of its own."""
     app, begun, over = Upstream(), threading.Event(), threading.Event()
 
     async def live() -> None:
-        async with serving(app):
+        async with serving(app, port):
             begun.set()
             await asyncio.to_thread(over.wait)
 
@@ -180,6 +181,23 @@ def test_a_fallback_answers_while_the_engine_is_started_again(tmp_path: Path) ->
         usage = [line for line in server.events("request") if line.get("model") == "echo-2"]
         assert usage
         assert all(line["status"] == 200 for line in usage)
+
+
+def test_a_server_whose_upstream_is_away_starts_where_fallbacks_answer(tmp_path: Path) -> None:
+    port = free_port()
+    environment = settings(fallbacks={"remote": ["canned: later"]})
+    with RunningServer(tmp_path, f"http://127.0.0.1:{port}/v1", environment=environment) as server:
+        ready = server.client.get("/health/ready")
+        assert ready.status_code == 200
+        assert "remote is away" in ready.json()["reason"]
+        assert "doesn't answer" in ready.json()["reason"]
+        assert server.client.get("/health/startup").status_code == 200
+        answer = ask(server.url)
+        assert (text_of(answer), answer.headers["x-headrace-fallback"]) == ("later", "engine_unavailable")
+        assert any("fallbacks answer" in line["note"] for line in server.events("note"))
+        with upstream(port):
+            eventually(lambda: text_of(ask(server.url)) == "upstream", within=30, what="the upstream's answer")
+            assert server.client.get("/health/ready").json() == {"status": "ready"}
 
 
 def test_a_long_queue_degrades_and_no_degraded_answer_is_kept(tmp_path: Path) -> None:

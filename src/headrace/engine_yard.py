@@ -74,6 +74,8 @@ class Residence:
         """Why it is wanted and not loaded, as API processes know it."""
         self.was_ready = asyncio.Event()
         """Set when it was ready for the first time."""
+        self.answers = asyncio.Event()
+        """Set when requests for it are answered: it was ready, or can't be reached and has fallbacks."""
 
     @property
     def name(self) -> str:
@@ -147,7 +149,8 @@ class EngineYard:
         self.stables = Stables(budget)
         self.residences: dict[str, Residence] = {}
         self.broken: asyncio.Future[None]
-        """From `begin` on: fails with `ModelError` if the default model can't be loaded at all."""
+        """From `begin` on: fails with `ModelError` if the default model can't be loaded at all. One that is elsewhere may be away where
+        it has fallbacks."""
         self._folder = folder
         self._started_at = started_at
         self._received = received
@@ -398,8 +401,23 @@ class EngineYard:
         residence.failure = error.message
         self._log.error("model can't be loaded", model=residence.name, reason=error.message)
         self._tell(ModelRefusal(residence.name, error.code, error.message))
-        if residence.name == self.default and not residence.was_ready.is_set() and not self.broken.done():
-            self.broken.set_exception(ModelError(error.message))
+        self._never_ready(residence, error.message)
+
+    def _never_ready(self, residence: Residence, reason: str) -> None:
+        """It couldn't be loaded, or couldn't again. The server is there for the default model; if it never was, that ends."""
+        if residence.name != self.default or residence.was_ready.is_set():
+            return
+        if self._has_others(residence):
+            residence.answers.set()
+        elif not self.broken.done():
+            self.broken.set_exception(ModelError(reason))
+
+    def _has_others(self, residence: Residence) -> bool:
+        """Whether it is elsewhere, where it may be away for a while, and others answer then."""
+        if residence.files.kind != "remote":
+            return False
+        names = (residence.name, *residence.files.aliases, residence.member.family)
+        return any(self.config.resilience.fallbacks.get(name) for name in names)
 
     async def _fetch(self, residence: Residence) -> None:
         name, now = residence.name, time.monotonic
@@ -418,7 +436,7 @@ class EngineYard:
 
     def _load(self, residence: Residence) -> None:
         member, config = residence.member, self.config
-        essential = self.managed or residence.name == self.default
+        essential = self.managed or (residence.name == self.default and not self._has_others(residence))
         engine = config.engine
         if self.managed and residence.files.kind in ("openvino", "transformers", "vllm"):
             engine = engine.model_copy(update={"kv_cache_gib": kv_bytes(config, member, residence.files, self.stables.budget) / 2**30})
@@ -436,7 +454,7 @@ class EngineYard:
                 setup=lambda setup=setup: setup,  # type: ignore[misc]
                 rules=config.resilience,
                 received=self._received,
-                changed=lambda place: self._tell(EngineChanged(residence.name, self._status(residence))),
+                changed=lambda place: self._changed(residence),
                 # The server is there for the default model; what may be away is what others are for.
                 essential=essential and not number,
                 standby=standby,
@@ -447,6 +465,12 @@ class EngineYard:
             self._log.info("loading", model=residence.name)
         self._tell(EngineChanged(residence.name, self._status(residence)))
         self._spawn(self._await_ready(residence), f"load {residence.name}")
+
+    def _changed(self, residence: Residence) -> None:
+        status = self._status(residence)
+        self._tell(EngineChanged(residence.name, status))
+        if status.state == "failed":
+            self._never_ready(residence, status.reason)
 
     async def _await_ready(self, residence: Residence) -> None:
         started = [asyncio.create_task(place.started.wait()) for place in residence.places]
@@ -459,6 +483,7 @@ class EngineYard:
         if any(place.started.is_set() for place in residence.places):
             residence.failure = ""
             residence.was_ready.set()
+            residence.answers.set()
             self.stables.ready(name, now)
             self.stables.leave(name, AT_THE_START, now)
             if self.managed:
@@ -476,8 +501,7 @@ class EngineYard:
             reason = error.message
         await self._leave(residence)
         self.stables.failed(name, now)
-        if residence.name == self.default and not residence.was_ready.is_set() and not self.broken.done():
-            self.broken.set_exception(ModelError(reason))
+        self._never_ready(residence, reason)
         self._refuse(residence, ModelNotLoaded(reason if name in reason else f"{name} can't be loaded: {reason}", retry_after=10))
         self.stir()
 

@@ -10,7 +10,8 @@ import msgspec
 from headrace.config import Config, ModelSection
 from headrace.errors import ConfigError
 from headrace.fleet import Member, current_versions, fetched, fleet
-from headrace.models.resolve import resolve
+from headrace.models.resolve import UNNAMED, resolve
+from headrace.models.upstream_name import named_by_upstream
 from headrace.policies.route import candidate
 
 
@@ -86,7 +87,7 @@ class _Lineup:
             if default is None:
                 raise ConfigError(f"model: {section.model} is no model, but an alias for several; the default is one model.")
         if default is None:
-            self._add(section)
+            self._add(section, default=True)
             default = members[-1]
             for name in (default.files.name, *default.files.aliases):
                 self._names[name] = default.files.name
@@ -105,11 +106,14 @@ class _Lineup:
             known = self._add(self._config.model.model_copy(update={"model": address, **_OF_ONE_MODEL}))
         return known
 
-    def _add(self, section: ModelSection) -> str:
+    def _add(self, section: ModelSection, *, default: bool = False) -> str:
         if self._key_given:
             # The key is for one server, and no other is to see it.
             section = section.model_copy(update={"remote_api_key": None, "remote_model": None})
         files = resolve(section)
+        if default and files.kind == "remote" and files.name == UNNAMED and section.name is None:
+            key = section.remote_api_key
+            files = named_by_upstream(files, None if key is None else key.get_secret_value())
         self._key_given = self._key_given or files.kind == "remote"
         name, number = files.name, 1
         while name in self._names:

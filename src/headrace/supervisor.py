@@ -289,19 +289,22 @@ class Supervisor:
 
     async def _announce(self) -> None:
         default = self._yard.residences[self._yard.default]
-        for started in (default.was_ready, *(api.started for api in self._apis.current)):
+        for started in (default.answers, *(api.started for api in self._apis.current)):
             await started.wait()
         url = url_of(self._bound, tls=self._tls)
         seconds = time.monotonic() - self._started_at
         files = default.files
         name = files.public_name
+        notes = files.notes
+        if not default.was_ready.is_set():
+            notes = (*notes, f"{name} can't be reached, and is tried again now and then. Until then its fallbacks answer.")
         if sys.stderr.isatty():
-            for note in files.notes:
+            for note in notes:
                 sys.stderr.write(f"{note}\n")
             sys.stderr.write(f"Serving {name} at {url} after {seconds:.1f} s (try {url}/docs; Ctrl-C stops)\n")
             sys.stderr.flush()
         else:
-            for note in files.notes:
+            for note in notes:
                 self._log.info("note", note=note)
             self._log.info("ready", url=url, model=name, seconds=round(seconds, 2))
 

@@ -74,11 +74,11 @@ def build_engine(
         return RemoteEngine(
             files.url,
             name=files.name,
-            model=config.model.remote_model,
+            model=config.model.remote_model or files.options.get("model"),
             api_key=None if key is None else key.get_secret_value(),
             context_length=files.context_length,
             fingerprint=files.fingerprint,
-            options=files.options,
+            options={name: value for name, value in files.options.items() if name != "model"},
         )
     if files.kind == "vllm":
         from headrace.engine.vllm_engine import VllmEngine

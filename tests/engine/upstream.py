@@ -85,8 +85,8 @@ class Upstream:
 
 
 @asynccontextmanager
-async def serving(app: Upstream) -> AsyncIterator[Upstream]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+async def serving(app: Upstream, port: int = 0) -> AsyncIterator[Upstream]:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         app.url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
         task = asyncio.create_task(server._serve([listening]))

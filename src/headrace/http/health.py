@@ -10,6 +10,8 @@ from starlette.requests import Request
 from headrace import __version__
 from headrace.http.answers import Answer, json_answer
 from headrace.http.serving import Serving
+from headrace.policies.route import candidate
+from headrace.served import ServedModel
 
 Health = Literal["healthy", "starting", "unhealthy"]
 
@@ -47,17 +49,26 @@ class HealthRoutes:
         return json_answer({"status": "alive"})
 
     async def ready(self, request: Request) -> Answer:
-        """200 when requests are served at once, 503 while the engine starts, restarts or drains."""
+        """200 when requests are served at once, 503 while the engine starts, restarts or drains. Where only fallbacks serve them it says
+        so."""
         state, reason = self.state()
         if state == "healthy":
-            return json_answer({"status": "ready"})
+            return json_answer({"status": "ready", "reason": reason} if reason else {"status": "ready"})
         return json_answer({"status": "not ready", "reason": reason}, status=503)
 
     async def startup(self, request: Request) -> Answer:
         """200 from when the model was ready for the first time."""
-        if self._serving.models.default.card is not None:
+        state, reason = self.state()
+        if self._serving.models.default.card is not None or state == "healthy":
             return json_answer({"status": "started"})
-        return json_answer({"status": "starting", "reason": self.state()[1]}, status=503)
+        return json_answer({"status": "starting", "reason": reason}, status=503)
+
+    def _others_answer(self, served: ServedModel) -> bool:
+        """Whether a fallback of that model is there for everybody."""
+        chains, models = self._serving.config.resilience.fallbacks, self._serving.models
+        chain = next((chains[name] for name in (*served.names, served.family) if name in chains), ())
+        others = [each for each in map(candidate, chain) if each.kind != "cache"]
+        return any(each.kind == "canned" or models.find(each.text).status.state == "ready" for each in others)
 
     def state(self) -> tuple[Health, str]:
         """Overall health, and why it isn't better."""
@@ -66,6 +77,8 @@ class HealthRoutes:
         # What others are for, fallbacks and the like, may be away without harm.
         served = self._serving.models.default
         status = served.status
+        if served.files.kind == "remote" and status.state == "failed" and self._others_answer(served):
+            return "healthy", f"{served.public_name} is away, and its fallbacks answer: {status.reason}"
         if status.state == "ready" or (served.card is not None and status.state in ("absent", "loading")):
             return "healthy", ""  # one that was unloaded for want of requests is loaded again for the next
         first = served.card is None and status.state in ("absent", "loading", "starting", "standby") and status.restarts == 0

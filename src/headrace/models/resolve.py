@@ -22,6 +22,8 @@ from headrace.models.gguf_metadata import read_metadata
 from headrace.models.progress import Progress
 from headrace.types import ModelFiles
 
+UNNAMED = "remote"
+"""What a model behind a URL is called that nobody has named."""
 _ECHO_CONTEXT = 8192
 _AS_STORED = ("transformers", "vllm")
 """Engines that read the publisher's weights."""
@@ -369,8 +371,14 @@ class _Puller:
         return ready
 
     def _remote(self, address: Remote) -> ModelFiles:
-        name = self._section.name or self._section.remote_model or "remote"
-        return ModelFiles(name=name, kind="remote", url=address.url, options=address.options, fingerprint=_print(address.url))
+        wanted = address.options.get("model")
+        if wanted == "":
+            raise ModelError("The remote engine's URL ends in an empty `model`.")
+        if wanted is not None and self._section.remote_model not in (None, wanted):
+            raise ModelError(f"The remote engine's URL asks for the model {wanted}, and remote_model for {self._section.remote_model}.")
+        name = self._section.name or self._section.remote_model or wanted or UNNAMED
+        print_ = _print(address.url) if wanted is None else _print(address.url, wanted)
+        return ModelFiles(name=name, kind="remote", url=address.url, options=address.options, fingerprint=print_)
 
 
 def _echo(address: Echo) -> ModelFiles:
