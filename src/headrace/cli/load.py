@@ -1,28 +1,25 @@
 """A load generator: concurrent users in a closed loop against a streaming chat endpoint.
 
 Speaks OpenAI's chat completions, which llama-server, vLLM and others speak too, or Headrace's own `/chat/stream`.
-It shares the machine with the server that it measures, so it reads HTTP/1.1 from an `asyncio.Protocol` with httptools
-and decodes chunks with msgspec: 8 µs a chunk on uvloop (20 on asyncio's own loop), where httpx takes over 100.
+It shares the machine with the server that it measures, so it has a client of its own (`load_client.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
-from urllib.parse import SplitResult, urlsplit
+from typing import Any, Literal, TypeVar
 
-import httptools
 import msgspec
 
-from headrace.cli.sse import EventReader
+from headrace.cli.load_client import Address, Api, Connection, LoadFailed, Sample, ask, count_prompts, first_model, reach
 
-Api = Literal["openai", "native"]
+__all__ = ["Api", "LoadFailed", "LoadResult", "Sample", "make_prompts", "percentile", "run_load", "run_quickly"]
+
 _T = TypeVar("_T")
 
 _WORDS = (
@@ -43,43 +40,6 @@ def run_quickly(load: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run(load)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(load)
-
-
-class LoadFailed(Exception):
-    """Nothing could be measured: the server is away, or has no model to ask."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One request. Times are `time.perf_counter()` seconds."""
-
-    number: int
-    started: float
-    ended: float
-    first: float | None = None
-    """When the first text came."""
-    last: float | None = None
-    """When the last text came."""
-    tokens: int = 0
-    """Completion tokens as the server counted them, or the chunks with text where it didn't."""
-    prompt_tokens: int = 0
-    finish: str | None = None
-    error: str | None = None
-    """The kind of failure; None is success."""
-
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.started
-
-    @property
-    def ttft(self) -> float | None:
-        """Time to first token, seconds."""
-        return None if self.first is None else self.first - self.started
-
-    @property
-    def tpot(self) -> float | None:
-        """Time per output token after the first, seconds."""
-        return (self.last - self.first) / (self.tokens - 1) if self.first and self.last and self.tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +146,11 @@ async def run_load(
     """
     if arrivals is not None:
         requests = len(arrivals)
-    address = _Address.of(url, api)
+    address = Address.of(url, api)
     if api == "openai" and model is None:
-        model = await _first_model(address, key, timeout)
+        model = await first_model(address, key, timeout)
     else:
-        await _reach(address)
+        await reach(address)
     texts = prompts if prompts is not None else make_prompts(requests, tokens=prompt_tokens, seed=seed)
     fixed: dict[str, object] = {"temperature": 0}
     if api == "openai":
@@ -212,16 +172,16 @@ async def run_load(
     bodies = [body(number) for number in range(requests)]
     counted: dict[str, int] = {}
     if api == "native":
-        counted = await _count(address, list(dict.fromkeys(texts[:requests])), model, key, timeout)
+        counted = await count_prompts(address, list(dict.fromkeys(texts[:requests])), model, key, timeout)
     samples: list[Sample] = []
     turn = iter(range(requests))
 
     async def user() -> None:
-        connection: _Connection | None = None
+        connection: Connection | None = None
         try:
             for number in turn:
                 prompt = counted.get(texts[number % len(texts)])
-                sample, connection = await _ask(address, connection, number, bodies[number], timeout, prompt)
+                sample, connection = await ask(address, connection, number, bodies[number], timeout, prompt)
                 samples.append(sample)
                 if on_done is not None:
                     on_done(sample)
@@ -229,11 +189,11 @@ async def run_load(
             if connection is not None:
                 connection.close()
 
-    idle: list[_Connection] = []
+    idle: list[Connection] = []
 
     async def visitor(number: int) -> None:
         connection = idle.pop() if idle else None
-        sample, connection = await _ask(address, connection, number, bodies[number], timeout, counted.get(texts[number % len(texts)]))
+        sample, connection = await ask(address, connection, number, bodies[number], timeout, counted.get(texts[number % len(texts)]))
         samples.append(sample)
         if connection is not None:
             idle.append(connection)
@@ -254,358 +214,3 @@ async def run_load(
     total = time.perf_counter() - started
     samples.sort(key=lambda sample: sample.number)
     return LoadResult(url=url, model=model, users=users, total_time=total, samples=samples)
-
-
-# One request
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    prompt_tokens: int = 0
-
-
-class _ChunkDelta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _ChunkDelta | None = None
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: Any = None
-
-
-class _Done(msgspec.Struct):
-    """`event: done` of `/chat/stream`."""
-
-    tokens_used: int = 0
-    """Prompt and completion together."""
-    finish_reason: str | None = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-_decode_done = msgspec.json.Decoder(_Done).decode
-
-
-class _Failure(Exception):
-    """A request failed; the message is the kind it is counted under."""
-
-
-class _Lost(_Failure):
-    """The connection ended before a byte of the answer came."""
-
-
-class _Answer:
-    """What is known of an answer while it streams in."""
-
-    __slots__ = ("body", "chunks", "done", "failure", "finish", "first", "last", "native", "prompt_tokens", "reader", "tokens")
-
-    def __init__(self, native: bool, prompt_tokens: int | None = None) -> None:
-        """`prompt_tokens` were counted beforehand, for the native route."""
-        self.native = native
-        self.reader = EventReader()
-        self.body = b""
-        self.first: float | None = None
-        self.last: float | None = None
-        self.chunks = self.tokens = 0
-        self.prompt_tokens = prompt_tokens or 0
-        self.finish: str | None = None
-        self.done = False
-        self.failure: str | None = None
-
-    def feed(self, data: bytes, now: float) -> None:
-        for name, text in self.reader.feed(data):
-            if self.native:
-                self._native_event(name, text, now)
-            elif text == b"[DONE]":
-                self.done = True
-            else:
-                self._chunk(text, now)
-
-    def _text(self, now: float) -> None:
-        self.chunks += 1
-        self.last = now
-        if self.first is None:
-            self.first = now
-
-    def _chunk(self, text: bytes, now: float) -> None:
-        chunk = _decode_chunk(text)
-        if chunk.error is not None:
-            self.failure = f"stream: {_error_code(text)}"
-        for choice in chunk.choices:
-            if choice.delta is not None and (choice.delta.content or choice.delta.reasoning_content):
-                self._text(now)
-            if choice.finish_reason is not None:
-                self.finish = choice.finish_reason
-        if chunk.usage is not None:
-            self.tokens, self.prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
-
-    def _native_event(self, name: bytes, text: bytes, now: float) -> None:
-        if name == b"done":
-            done = _decode_done(text)
-            self.finish, self.done = done.finish_reason, True
-            if self.prompt_tokens:
-                self.tokens = max(0, done.tokens_used - self.prompt_tokens)
-        elif name == b"error":
-            self.failure = f"stream: {_error_code(text)}"
-        elif text:
-            self._text(now)
-
-
-class _Connection(asyncio.Protocol):
-    """One keep-alive HTTP/1.1 connection, one request at a time."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
-        self._answer: _Answer | None = None
-        self._waiter: asyncio.Future[int] | None = None
-        self._started = False
-        self._until_close = True
-        self._streams = False
-        self._now = 0.0
-        self.usable = True
-
-    async def ask(self, request: bytes, answer: _Answer) -> int:
-        """Send, and feed `answer` until the response is complete. Returns the status. Raises `_Failure`."""
-        assert self._transport is not None
-        self._answer, self._started, self._until_close, self._streams = answer, False, True, False
-        self._waiter = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return await self._waiter
-
-    def close(self) -> None:
-        self.usable = False
-        if self._transport is not None:
-            self._transport.abort()
-
-    # asyncio's calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._now = time.perf_counter()
-        self._started = True
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            inner = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-            self._end(inner if isinstance(inner, _Failure) else _Failure("not HTTP/1.1 or not the protocol expected"))
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.usable = False
-        if not self._started:
-            self._end(_Lost("connection closed without an answer"))
-        elif self._until_close and exc is None and self._parser.get_status_code():
-            self._finish()
-        else:
-            self._end(_Failure("connection lost"))
-
-    # httptools' calls
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in (b"content-length", b"transfer-encoding"):
-            self._until_close = False
-        elif name == b"content-type":
-            self._streams = value.startswith(b"text/event-stream")
-
-    def on_body(self, body: bytes) -> None:
-        if self._answer is None:
-            return
-        if self._streams:
-            try:
-                self._answer.feed(body, self._now)
-            except msgspec.DecodeError as error:
-                raise _Failure("an event is not the JSON expected") from error
-        else:
-            self._answer.body += body
-
-    def on_message_complete(self) -> None:
-        self.usable = self.usable and self._parser.should_keep_alive()
-        self._finish()
-
-    def _finish(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(self._parser.get_status_code())
-
-    def _end(self, failure: _Failure) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(failure)
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    parts: SplitResult
-    host: str
-    port: int
-    base: str
-    """The path before `/v1` or `/chat`."""
-    native: bool
-
-    @property
-    def path(self) -> str:
-        return self.base + ("/chat/stream" if self.native else "/v1/chat/completions")
-
-    @classmethod
-    def of(cls, url: str, api: Api) -> _Address:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        try:
-            port = parts.port
-        except ValueError as error:
-            raise LoadFailed(f"{url} has no valid port.") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise LoadFailed(f"{url} is not an http:// or https:// URL.")
-        base = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts, parts.hostname, port or (443 if parts.scheme == "https" else 80), base, api == "native")
-
-    def request(self, method: str, body: bytes, key: str | None, path: str | None = None, *, cached: bool = False) -> bytes:
-        lines = [
-            f"{method} {path or self.path} HTTP/1.1",
-            f"Host: {self.parts.netloc.rpartition('@')[2]}",
-            "Accept: text/event-stream, application/json",
-            "User-Agent: headrace-bench",
-        ]
-        if not cached:
-            lines.append("Cache-Control: no-store")
-        if body:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        if key:
-            lines.append(f"Authorization: Bearer {key}")
-        return "\r\n".join([*lines, "", ""]).encode() + body
-
-    async def connect(self) -> _Connection:
-        context = ssl.create_default_context() if self.parts.scheme == "https" else None
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(_Connection, self.host, self.port, ssl=context)
-        return connection
-
-
-async def _ask(
-    address: _Address, connection: _Connection | None, number: int, request: bytes, timeout: float, prompt: int | None
-) -> tuple[Sample, _Connection | None]:
-    """One request over a kept connection, or over a new one where there is none or the server had closed it."""
-    started = time.perf_counter()
-    answer = _Answer(address.native, prompt)
-    error: str | None = None
-    try:
-        async with asyncio.timeout(timeout):
-            kept = connection is not None and connection.usable
-            if connection is None or not connection.usable:
-                connection = await address.connect()
-            try:
-                status = await connection.ask(request, answer)
-            except _Lost:
-                if not kept:
-                    raise
-                connection = await address.connect()
-                status = await connection.ask(request, answer)
-        if status != 200:
-            error = f"http {status} {_error_code(answer.body)}".strip()
-        elif answer.failure is not None:
-            error = answer.failure
-        elif not answer.done and answer.finish is None:
-            error = "stream ended early"
-    except TimeoutError:
-        error = "timeout"
-    except _Failure as failure:
-        error = str(failure)
-    except OSError as failure:
-        error = f"connect: {failure.strerror or type(failure).__name__}"
-    ended = time.perf_counter()
-    if error is not None and connection is not None and not error.startswith("http "):
-        connection.close()
-        connection = None
-    sample = Sample(
-        number=number,
-        started=started,
-        ended=ended,
-        first=answer.first,
-        last=answer.last,
-        tokens=answer.tokens or answer.chunks,
-        prompt_tokens=answer.prompt_tokens,
-        finish=answer.finish,
-        error=error,
-    )
-    return sample, connection
-
-
-async def _reach(address: _Address) -> None:
-    try:
-        (await address.connect()).close()
-    except OSError as error:
-        raise LoadFailed(f"No server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
-
-
-async def _first_model(address: _Address, key: str | None, timeout: float) -> str:
-    path = address.base + "/v1/models"
-    answer = _Answer(native=False)
-    try:
-        async with asyncio.timeout(min(timeout, 30)):
-            connection = await address.connect()
-            try:
-                status = await connection.ask(address.request("GET", b"", key, path), answer)
-            finally:
-                connection.close()
-    except TimeoutError as error:
-        raise LoadFailed(f"{path} at {address.host}:{address.port} did not answer in time.") from error
-    except OSError as error:
-        raise LoadFailed(f"No server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
-    except _Failure as error:
-        raise LoadFailed(f"{path} at {address.host}:{address.port}: {error}.") from error
-    if status != 200:
-        raise LoadFailed(f"{path} at {address.host}:{address.port} answered {status} {_error_code(answer.body)}; name a model or a key.")
-    try:
-        listed = msgspec.json.decode(answer.body)
-        return str(listed["data"][0]["id"])
-    except (msgspec.DecodeError, LookupError, TypeError) as error:
-        raise LoadFailed(f"{path} at {address.host}:{address.port} lists no model; name one.") from error
-
-
-async def _count(address: _Address, texts: list[str], model: str | None, key: str | None, timeout: float) -> dict[str, int]:
-    """Tokens of each prompt as the server's template writes it, by `/tokenize`; of none where it can't say."""
-    counts: dict[str, int] = {}
-    connection: _Connection | None = None
-    try:
-        for text in texts:
-            asked = {"messages": [{"role": "user", "content": text}]} | ({"model": model} if model else {})
-            answer = _Answer(native=False)
-            async with asyncio.timeout(timeout):
-                if connection is None or not connection.usable:
-                    connection = await address.connect()
-                status = await connection.ask(address.request("POST", msgspec.json.encode(asked), key, address.base + "/tokenize"), answer)
-            if status != 200:
-                return {}
-            counts[text] = msgspec.json.decode(answer.body, type=_Counted).count
-    except (OSError, TimeoutError, _Failure, msgspec.MsgspecError):
-        return {}
-    finally:
-        if connection is not None:
-            connection.close()
-    return counts
-
-
-class _Counted(msgspec.Struct):
-    count: int
-
-
-def _error_code(body: bytes) -> str:
-    """The short code in an error body of OpenAI's or of the native shape, for counting by kind."""
-    try:
-        said = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return ""
-    if isinstance(said, dict):
-        inner = said.get("error", said)
-        if isinstance(inner, dict):
-            for name in ("code", "type"):
-                if isinstance(inner.get(name), str):
-                    return str(inner[name])
-    return ""
