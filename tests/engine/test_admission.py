@@ -305,10 +305,18 @@ def test_a_bad_hour_is_forgotten() -> None:
     assert engine.arrive(prompt=200, timeout=2.0, most=1).refused is None
 
 
-def known_pace() -> Pace:
+def test_a_warm_up_in_a_bad_hour_is_forgotten_too() -> None:
+    engine = OverloadedEngine()
+    engine.admission.pace = known_pace(slowness=100)
+    assert isinstance(engine.arrive(timeout=1.0, most=1).refused, DeadlineUnmeetable)
+    engine.run([], 100)
+    assert engine.arrive(timeout=1.0, most=1).refused is None
+
+
+def known_pace(slowness: float = 1) -> Pace:
     pace = Pace()
     for tokens in (1, 16, 160):
-        pace.note(tokens, FIXED + PER_TOKEN * tokens)
+        pace.note(tokens, slowness * (FIXED + PER_TOKEN * tokens))
     return pace
 
 

@@ -42,7 +42,10 @@ FIRST_LENGTH = 128.0
 """Tokens that a completion is expected to have before any has ended. What it may have is no measure: a request that names no limit may fill
 the whole context, and nobody should be refused for that."""
 FRESH = 10.0
-"""Seconds in which the price of a prompt's token, measured while the machine was busy, comes half of the way back to the engine's own."""
+"""Seconds of an idle engine in which half of what is known of its speed is forgotten. What was measured while something else kept the
+machine busy would have everybody refused, and then nobody comes to prove it wrong."""
+LEAST_KNOWN = 0.05
+"""What is never forgotten of it."""
 _LATEST = 0.1
 """Weight of the latest request in the averages of length and pace."""
 
@@ -126,7 +129,8 @@ class Admission:
         self._tokens_done = self._time_spent = 0.0
         self._first_tokens = Pace()
         """How the wait grows with the prompt tokens before the first token, of requests that found a slot."""
-        self._first_token_at = clock()
+        self._active_at = clock()
+        """When the engine last made something."""
         self._held = 0
         self._flooded = False
         self._looked_at = clock()
@@ -196,7 +200,6 @@ class Admission:
                 self._tokens_done += entry.tokens
                 if entry.before is not None:
                     self._first_tokens.note(entry.before + entry.tokens, now - entry.began_to_wait)
-                    self._first_token_at = now
                 if entry.line[1] % 2 == PROMPT:
                     self._waited += now - entry.began_to_wait
                     self._foretold += entry.wait
@@ -208,6 +211,7 @@ class Admission:
         if id(entry) in self._waiting:
             self._leave_line(entry)
         elif self._running.pop(id(entry), None) is not None:
+            self._active_at = now
             self._sequences_running -= entry.sequences
             assert entry.first_at is not None
             length = entry.generated / entry.sequences
@@ -244,7 +248,7 @@ class Admission:
 
     def queue(self) -> Queue:
         """A snapshot."""
-        gap = self._pace()
+        gap, known = self._pace(), self._known()
         running = sorted([self._left(entry) * gap for entry in self._running.values() for _ in range(entry.sequences)])
         mean = self._length or min(
             FIRST_LENGTH, sum([entry.most for entry in self._running.values()]) / len(self._running) if self._running else FIRST_LENGTH
@@ -257,11 +261,11 @@ class Admission:
             seconds_each=mean * gap,
             flooded=self._flooded,
             speed=self._speed(),
-            own=self._own(),
-            token_seconds=gap,
+            own=(self._first_tokens.per_token or self.pace.per_token) * known,
+            token_seconds=gap * known,
             limit=self._limit(),
-            step_fixed=self.pace.fixed,
-            step_each=self.pace.per_token,
+            step_fixed=self.pace.fixed * known,
+            step_each=self.pace.per_token * known,
             length=self._length or FIRST_LENGTH,
             share=self._share,
         )
@@ -350,13 +354,11 @@ class Admission:
             return self._tokens_done / self._time_spent
         return 1 / self.pace.per_token if self.pace.per_token else 0.0
 
-    def _own(self) -> float:
-        """Seconds that a token of a request's own prompt adds to its wait. What was measured in a bad hour is forgotten: where it has
-        everybody refused, nobody comes to prove it wrong."""
-        known, first = self._first_tokens.per_token, self.pace.per_token
-        if not known or known <= first:
-            return known or first
-        return first + (known - first) * FRESH / (FRESH + self._clock() - self._first_token_at)
+    def _known(self) -> float:
+        """How much of what is known of the engine's speed still counts."""
+        if self._running or len(self._waiting) > self._held:
+            return 1.0
+        return max(LEAST_KNOWN, FRESH / (FRESH + max(0.0, self._clock() - self._active_at)))
 
     def _pace(self) -> float:
         """Seconds between two tokens of a sequence: of those that ended, or of those that run where they are slower than that."""
