@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headrace
-# The fast tests are independent of each other. Those that start servers or load the model have the machine to themselves.
-FAST   := $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+# The fast tests are independent of each other. Those that start servers, load the model or hold a clock against something have the machine to themselves.
+FAST   := $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not alone"
 
 .PHONY: serve test test-convert test-vllm quick check bench clean
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ quick: check
 
 test: check
 	$(FAST)
-	$(BIN)/pytest -m "slow or gpu"
+	$(BIN)/pytest -m "slow or gpu or alone"
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
 test-convert: $(STAMP)-test

@@ -42,6 +42,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("source", GROWING)
+@pytest.mark.alone
 def test_what_grows_without_bound_is_refused_before_it_grows(source: str) -> None:
     begun = time.perf_counter()
     with pytest.raises((TemplateError, SecurityError, OverflowError)):
@@ -50,6 +51,7 @@ def test_what_grows_without_bound_is_refused_before_it_grows(source: str) -> Non
 
 
 @pytest.mark.parametrize("source", ENDLESS)
+@pytest.mark.alone
 def test_what_runs_without_end_is_ended(source: str) -> None:
     template = TemplateSandbox().from_string(source)
     begun = time.perf_counter()

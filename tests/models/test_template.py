@@ -143,6 +143,7 @@ def test_the_limit_holds_and_reports_a_true_lower_bound(said: list[str], length:
 
 
 @pytest.mark.parametrize("unit", ["x", "<", "<|im_start|>", "🎉", "<|im_star"])
+@pytest.mark.alone
 def test_an_endless_conversation_is_refused_at_once(unit: str) -> None:
     messages = [Message(role="user", content=unit * (2**20 // len(unit.encode()))) for _ in range(8)]
     begun = time.perf_counter()

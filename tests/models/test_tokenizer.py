@@ -176,6 +176,7 @@ def test_composing_normalizers_keep_the_bound_true(text: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["x", "🎉", "word ", "你好世界", "<|im_start|>"])
+@pytest.mark.alone
 def test_eight_mebibytes_are_refused_at_once(unit: str) -> None:
     tokenizer = small_tokenizer()
     text = unit * (8 * MIB // len(unit.encode()))

@@ -98,6 +98,7 @@ async def test_a_key_brings_its_tenant() -> None:
     assert other.tenant == "acme"
 
 
+@pytest.mark.alone
 async def test_known_keys_cost_no_look_up_and_little_time() -> None:
     house = House()
     _, secret = await house.desk.create(Wish(name="a"), OPERATOR)
@@ -111,6 +112,7 @@ async def test_known_keys_cost_no_look_up_and_little_time() -> None:
     assert each < 100e-6  # about 5 µs on an idle machine; the bound is for a busy one
 
 
+@pytest.mark.alone
 async def test_revocation_reaches_every_process_within_a_second() -> None:
     house = House()
     processes = [house.another() for _ in range(3)]
@@ -239,6 +241,7 @@ async def test_known_keys_go_on_for_a_while_when_the_store_is_away(monkeypatch: 
     await house.admit(late)
 
 
+@pytest.mark.alone
 async def test_a_store_that_hangs_holds_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House()
     monkeypatch.setattr(known_keys, "CHECK_TIMEOUT", 0.1)
@@ -265,6 +268,7 @@ async def test_one_unknown_key_is_looked_up_once() -> None:
     assert house.keys.finds == 1
 
 
+@pytest.mark.alone
 async def test_many_bad_keys_slow_only_their_own_address_down(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House()
     _, known = await house.desk.create(Wish(name="a"), OPERATOR)

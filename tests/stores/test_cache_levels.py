@@ -100,6 +100,7 @@ async def test_a_purge_reaches_other_processes_memory(kind: str, tmp_path: Path,
     await two.close()
 
 
+@pytest.mark.alone
 async def test_redis_that_stops_is_a_miss_at_once_and_comes_back() -> None:
     with RedisServer() as server:
         levels = CacheLevels(MemoryCache(MIB), RedisCache(server.url), name="redis", ttl=60)
@@ -123,6 +124,7 @@ async def test_redis_that_stops_is_a_miss_at_once_and_comes_back() -> None:
         await levels.close()
 
 
+@pytest.mark.alone
 async def test_redis_that_hangs_is_waited_for_briefly_once() -> None:
     with RedisServer() as server:
         levels = CacheLevels(MemoryCache(MIB), RedisCache(server.url), name="redis", ttl=60)

@@ -42,7 +42,7 @@ async def test_a_budget_isnt_known_while_bills_wait_in_a_journal(tmp_path: Path)
 async def test_what_the_dead_used_is_charged_once_unless_they_had_settled_it(redis_url: str, tmp_path: Path) -> None:
     key = uuid4().hex
     claim = Claim(f"key:{key}", budget=1000, period="total")
-    place = RedisLimits(redis_url)
+    place = RedisLimits(redis_url, timeout=5)
 
     async def spent() -> int:
         (taken,) = await place.exchange([Take(uuid4().hex, (claim,), 0, 0, 0, 0, (0,))])
@@ -78,7 +78,7 @@ async def test_what_the_dead_used_is_charged_once_unless_they_had_settled_it(red
 async def test_a_guess_that_nobody_lived_to_correct_is_corrected_once(redis_url: str, tmp_path: Path) -> None:
     key = uuid4().hex
     claim = Claim(f"key:{key}", budget=1000, period="total")
-    place = RedisLimits(redis_url)
+    place = RedisLimits(redis_url, timeout=5)
     leased, apart, corrected = (uuid4().hex for _ in range(3))
     await place.exchange([Take(leased, (claim,), 10, 20, 1, 1, (0,)), Settle(leased, 15), Charge(apart, (claim,), 1, 17)])
     await place.exchange([Take(corrected, (claim,), 10, 20, 1), Settle(corrected, 15), Charge(f"{corrected}:corrected", (claim,), 0, -2)])

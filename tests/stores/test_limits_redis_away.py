@@ -17,7 +17,7 @@ from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import SharedLimits
 from real_servers import RedisServer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 LONG = 1e9
 
