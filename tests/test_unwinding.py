@@ -66,10 +66,13 @@ async def test_what_cannot_be_entered_is_not_left() -> None:
         async def __aexit__(self, *args: object) -> None:
             seen.append("left")
 
-    with pytest.raises(Trouble, match="no"):
+    async def refused() -> None:
         async with Unwinding() as entered:
             await entered.enter(steps(seen, "p")[0])
             await entered.enter(Refuses())
+
+    with pytest.raises(Trouble, match="no"):
+        await refused()
     assert seen == ["in 0p", "0p sees no", "out 0p"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from typing import Any
@@ -69,6 +70,7 @@ class Edge:
         self._pages = frozenset(pages)
         """Paths of routes that aren't ours, such as /docs."""
         self._log: Any = structlog.get_logger("headrace.access")
+        self._bound: Any = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,6 +123,10 @@ class Edge:
             self._tally.note(exchange, failed, ended)
         if failed and self._tracker is not None:
             track(self._tracker, self._models, exchange, failed)
+        # A logger that isn't bound is put together anew for each line.
+        log = self._bound = self._bound or self._log.bind()
+        if not log.is_enabled_for(logging.INFO):
+            return
         said: dict[str, Any] = {
             "method": exchange.method,
             "route": exchange.route,
@@ -143,4 +149,4 @@ class Edge:
             said["client_request_id"] = exchange.client_id
         if exchange.gone:
             said["hung_up"] = True
-        self._log.info("request", **said)
+        log.info("request", **said)

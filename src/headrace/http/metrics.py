@@ -20,6 +20,7 @@ from headrace.errors import HeadraceError, NotAdmitted, QueueShareFull, RateLimi
 from headrace.http.answers import Answer, Whole
 from headrace.http.exchange import Exchange
 from headrace.http.failures import Failure, code_of, model_name
+from headrace.http.gathered import Gathered
 from headrace.http.serving import Control
 from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
@@ -133,21 +134,26 @@ class Metrics:
             ["model", "result"],
             registry=into,
         )
+        self._gathered = Gathered()
+        self._under_way = 0
         self._kept = lru_cache(maxsize=256)(self.kept.labels)
         self._request = lru_cache(maxsize=1024)(self.requests.labels)
         self._seconds = lru_cache(maxsize=256)(self.seconds.labels)
         self._model = lru_cache(maxsize=256)(lambda model: _ModelMeters(self, model))
 
     def opened(self) -> None:
-        self.in_flight.inc()
+        self._under_way += 1
+        self._gathered.count(self.in_flight)
 
     def closed(self, exchange: Exchange, status: int, model: str, now: float, failed: Sequence[Failure] = ()) -> None:
         """Count a request that is over. `model` is a name of ours or empty, never what a client made up."""
-        self.in_flight.dec()
+        gathered = self._gathered
+        self._under_way -= 1
+        gathered.count(self.in_flight, -1)
         # Methods that no route has would let a client make up label values.
         method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS", "PATCH", "DELETE") else "other"
-        self._request(exchange.route, method, str(status), model).inc()
-        self._seconds(exchange.route).observe(now - exchange.started_at)
+        gathered.count(self._request(exchange.route, method, str(status), model))
+        gathered.observe(self._seconds(exchange.route), now - exchange.started_at)
         for failing, error in failed:
             self.errors.labels(code_of(error), model_name(self._models, failing)).inc()
             if isinstance(error, RateLimited) and error.limit is not None:
@@ -165,7 +171,7 @@ class Metrics:
                 name = self._models.find(call.served_model).public_name
                 self.not_admitted.labels(name, outcome.error.code, call.priority).inc()
             kept = outcome.cache_level or ("shared" if outcome.served_from == "shared" else call.headers.get(CACHE_HEADER, "off"))
-            self._kept(self._models.find(call.served_model).public_name, kept).inc()
+            gathered.count(self._kept(self._models.find(call.served_model).public_name, kept))
             reason = call.headers.get(FALLBACK_HEADER)
             if reason is not None and outcome.error is None:
                 self.fallbacks.labels(self._models.find(call.model).public_name, reason).inc()
@@ -178,20 +184,23 @@ class Metrics:
             completion = outcome.completion_tokens if outcome.own_completion_tokens is None else outcome.own_completion_tokens
             if prompt and (outcome.report is not None or completion or outcome.first_token_at is not None):
                 # What was refused, by a limit or a queue, no engine has read.
-                meters.prompt.inc(prompt)
+                gathered.count(meters.prompt, prompt)
             if completion:
-                meters.completion.inc(completion)
+                gathered.count(meters.completion, completion)
             if outcome.served_from != "engine":
                 continue
             if outcome.cached_tokens:
-                meters.cached.inc(outcome.cached_tokens)
+                gathered.count(meters.cached, outcome.cached_tokens)
             if outcome.report is not None:
-                meters.queue.observe(outcome.report.queue_ms / 1000)
+                gathered.observe(meters.queue, outcome.report.queue_ms / 1000)
             if outcome.first_token_at is not None:
-                meters.first_token.observe(outcome.first_token_at - call.started_at)
+                gathered.observe(meters.first_token, outcome.first_token_at - call.started_at)
                 later = outcome.completion_tokens / call.sampling.n - 1
                 if later > 0 and outcome.error is None:
-                    meters.per_token.observe((now - outcome.first_token_at) / later)
+                    gathered.observe(meters.per_token, (now - outcome.first_token_at) / later)
+        if not self._under_way:
+            # A process that has nothing to do, or leaves, owes no counts.
+            gathered.flush()
 
     async def scrape(self, request: Request) -> Answer:
         """Everything counted, in Prometheus' text form."""
@@ -203,6 +212,7 @@ class Metrics:
         processes: Mapping[str, Any] = {}
         with contextlib.suppress(HeadraceError):  # the rest is still worth having
             processes = await self._control.ps()
+        self._gathered.flush()
         tasks = len(asyncio.all_tasks())
         # Writing it out takes a few milliseconds of Python, which a thread interrupts where the event loop could not.
         text = await asyncio.to_thread(self._write, processes, tasks)
