@@ -37,10 +37,18 @@ from headrace.types import EngineStats
 PATIENCE = 30.0
 
 
-def run(*, kills: int = 200, users: int = 8, pace: float = 0.004, seed: int = 1, settled_within: float = 20.0) -> Findings:
-    """`kills`: how many in all, of which half hit API processes, a third workers, and the rest supervisors. `pace`: seconds of a step."""
+def run(
+    *,
+    kills: int = 200,
+    each: tuple[int, int] = (5, 3),
+    users: int = 8,
+    pace: float = 0.004,
+    seed: int = 1,
+    settled_within: float = 20.0,
+) -> Findings:
+    """`kills`: how many in all; `each`: API processes and workers for each supervisor. `pace`: seconds of a step."""
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:
-        return Kills(Path(folder), users, pace, random.Random(seed), settled_within).run(kills)
+        return Kills(Path(folder), users, pace, random.Random(seed), settled_within).run(kills, *each)
 
 
 @dataclass
@@ -81,18 +89,18 @@ class Kills:
         self._snapshots: dict[str, int] = {}
         self.found = Found()
 
-    def run(self, kills: int) -> Findings:
+    def run(self, kills: int, apis: int, workers: int) -> Findings:
         done = {"API process": 0, "worker": 0, "supervisor": 0}
         try:
             while sum(done.values()) < kills:
                 self._start()
                 with self._load():
-                    for _ in range(min(5, kills - sum(done.values()))):
+                    for _ in range(min(apis, kills - sum(done.values()))):
                         self._kill_api()
                         done["API process"] += 1
                 self._compare_totals()
                 with self._load():
-                    for _ in range(min(3, kills - sum(done.values()))):
+                    for _ in range(min(workers, kills - sum(done.values()))):
                         self._kill_worker()
                         done["worker"] += 1
                     if sum(done.values()) < kills:
