@@ -14,6 +14,7 @@ from headrace.golden import drift, likeness
 from headrace.lineup import lineup
 from headrace.served import ServedModel, ServedModels
 from headrace.types import ModelFiles
+from headrace.upgrades import remembered
 
 
 def config(models: dict[str, ModelEntry], aliases: dict[str, AliasEntry] | None = None, **section: object) -> Config:
@@ -153,3 +154,16 @@ def test_likeness_is_of_words_in_their_order() -> None:
     assert drift(prompts, ["It is 4.", "a b"], ["?", "a b"]) == (1.0, drift(prompts, ["It is 4.", "a b"], ["?", "a b"])[1])
     mean, why = drift(prompts, ["five", "a b"], None)
     assert (mean, "'2+2='" in why) == (0, True)
+
+
+def test_what_names_stand_for_outlives_the_server(tmp_path: Path) -> None:
+    file = tmp_path / "promotions.json"
+    current, names = {"a": "a@1", "b": "b@1"}, ["a@1", "a@2", "b@1"]
+    assert remembered(file, current, names) == (current, {})
+    for damaged in ("{", "[]", '{"current": {"a": 3, "b": "b@gone"}, "before": {"a": [], "b": 7}}'):
+        file.write_text(damaged)
+        assert remembered(file, current, names) == (current, {})
+    file.write_text('{"a": "a@2"}')
+    assert remembered(file, current, names) == ({"a": "a@2", "b": "b@1"}, {})
+    file.write_text('{"current": {"a": "a@2"}, "before": {"a": "a@1", "b": "b@9"}}')
+    assert remembered(file, current, names) == ({"a": "a@2", "b": "b@1"}, {"a": "a@1"})

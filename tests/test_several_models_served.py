@@ -223,7 +223,10 @@ def test_a_version_goes_live_under_load_and_bad_ones_go_back_by_themselves(tmp_p
         eventually(lambda: server.states()["chat@slow"] == "absent", what="the slow version to leave")
         server.do("chat@2", "promote")
     with Fleet(tmp_path, VERSIONS) as again:
+        assert again.states()["chat@1"] == "absent", "the version that is current is the one to begin with"
         assert again.said("chat") == "the new answer"
+        assert again.do("chat", "rollback").json()["new"] == "chat@1"
+        assert again.said("chat") == "the old answer"
 
 
 def test_streams_of_a_replica_that_dies_go_on_at_another(tmp_path: Path) -> None:

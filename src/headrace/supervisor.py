@@ -87,7 +87,7 @@ END_TIMEOUT = 3.0
 """Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
 
 PROMOTIONS = "promotions.json"
-"""In `data_dir`: which version each model's name stands for."""
+"""In `data_dir`: which version each model's name stands for, and which it stood for before."""
 ERRORS_TIMEOUT = 2.0
 """Seconds at the end for what is still to be written into the error book."""
 
@@ -169,6 +169,8 @@ class Supervisor:
         self._started_at = started_at
         managed = bool(config.fleet.models)
         names = [member.files.name for member in members]
+        promotions = config.store.data_dir.expanduser() / PROMOTIONS
+        current, before = remembered(promotions, current_versions(members), names)
         self._yard = EngineYard(
             config,
             members,
@@ -176,15 +178,12 @@ class Supervisor:
             started_at,
             budget=budgets(config) if managed else {},
             managed=managed,
-            default=members[0].files.name,
+            default=current.get(members[0].family, members[0].files.name),
             received=self._hear,
             tell=self._tell_apis,
             apis=lambda: self._apis,
         )
-        promotions = config.store.data_dir.expanduser() / PROMOTIONS
-        self._upgrades = Upgrades(
-            self._yard, remembered(promotions, current_versions(members), names), lambda: self._config.fleet, self._tell_apis, promotions
-        )
+        self._upgrades = Upgrades(self._yard, current, before, lambda: self._config.fleet, self._tell_apis, promotions)
         self._asked: set[asyncio.Task[None]] = set()
         self._limits = LimitTable()
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""

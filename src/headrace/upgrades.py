@@ -61,17 +61,23 @@ class Shadowed:
 
 class Upgrades:
     """`current`: by family, the version that its name stands for; it is changed here, told to API processes with `tell`, and kept in
-    `file`. `section` gives the configuration in force."""
+    `file`, as is the version `before`. `section` gives the configuration in force."""
 
     def __init__(
-        self, yard: EngineYard, current: dict[str, str], section: Callable[[], FleetSection], tell: Callable[[ToChild], None], file: Path
+        self,
+        yard: EngineYard,
+        current: dict[str, str],
+        before: dict[str, str],
+        section: Callable[[], FleetSection],
+        tell: Callable[[ToChild], None],
+        file: Path,
     ) -> None:
         self.current = current
         self._yard = yard
         self._section = section
         self._tell = tell
         self._file = file
-        self._before: dict[str, str] = {}
+        self._before = before
         """By family, the version that was current before."""
         self._upgrades: dict[str, Upgrade] = {}
         """By family, the last one."""
@@ -270,10 +276,7 @@ class Upgrades:
             upgrade.state = "watched"
             reason = await self._worse(upgrade, residence, old, before, watch)
             if reason:
-                self._switch(family, upgrade.old)
-                self._before.pop(family)
-                if earlier is not None:
-                    self._before[family] = earlier
+                self._switch(family, upgrade.old, before=earlier)
                 upgrade.state, upgrade.reason = "rolled back", reason
                 self._retire(upgrade.new)
             else:
@@ -339,13 +342,17 @@ class Upgrades:
                 return f"Its first tokens take {mean * 1000:.0f} ms on the mean; before it was {usual * 1000:.0f} ms."
         return ""
 
-    def _switch(self, family: str, name: str) -> None:
-        self._before[family] = self.current[family]
+    def _switch(self, family: str, name: str, *, before: str | None = "") -> None:
+        """`before`: what to go back to from then on, if it isn't what the name stood for until now; None is nothing."""
+        back = self.current[family] if before == "" else before
+        self._before.pop(family, None)
+        if back is not None:
+            self._before[family] = back
         self.current[family] = name
         self._tell(VersionPromoted(family, name))
         temporary = self._file.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps(self.current, indent=1))
+            temporary.write_text(json.dumps({"current": self.current, "before": self._before}, indent=1))
             temporary.replace(self._file)
         except OSError as error:
             self._log.warning("promotion not kept", file=str(self._file), reason=str(error))
@@ -375,12 +382,16 @@ class Upgrades:
         }
 
 
-def remembered(file: Path, current: dict[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What each family's name stands for: as it was when the last server ended, as far as these versions still exist."""
+def remembered(file: Path, current: dict[str, str], names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What each family's name stands for, and what it stood for before: as it was when the last server ended, as far as these versions
+    still exist."""
     try:
         kept = json.loads(file.read_text())
     except (OSError, ValueError):
-        return current
-    if not isinstance(kept, dict):
-        return current
-    return {family: kept[family] if kept.get(family) in names else name for family, name in current.items()}
+        return current, {}
+    kept = kept if isinstance(kept, dict) else {}
+    # Before 0.2 it held the current versions alone.
+    now, before = (kept.get("current"), kept.get("before")) if isinstance(kept.get("current"), dict) else (kept, {})
+    now, before = (each if isinstance(each, dict) else {} for each in (now, before))
+    stands = {family: now[family] if now.get(family) in names else name for family, name in current.items()}
+    return stands, {family: before[family] for family, name in stands.items() if before.get(family) in names and before[family] != name}
