@@ -56,6 +56,8 @@ RECOUNT = 256
 """Puts between two looks at what other processes have added."""
 ROOM = 0.9
 """What is left of a cache that has grown too large."""
+COMPANY = 0.001
+"""Seconds that the first to ask waits for others, where the last ones had company: to wake the thread costs more than what it does."""
 USED_STEP = 60.0
 """Seconds between two notes that a row is being used: each would be a write."""
 
@@ -133,6 +135,8 @@ class SqliteCache:
         self._thread = LoneThread("cache")
         self._waiting: list[_Asked] = []
         self._busy = False
+        """The thread has work, or is about to get it."""
+        self._company = False
         self._closed = False
         # The thread's own:
         self._connection: Connection | None = None
@@ -178,18 +182,23 @@ class SqliteCache:
         asked = _Asked(work, writes, loop.create_future())
         self._waiting.append(asked)
         if not self._busy:
-            self._start(loop)
+            self._busy = True
+            if self._company:
+                loop.call_later(COMPANY, self._start, loop)
+            else:
+                loop.call_soon(self._start, loop)
         return await asked.done
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         taken, self._waiting = self._waiting, []
-        self._busy = True
+        self._company = len(taken) > 1
         self._thread.give(partial(self._work, taken, loop))
 
     def _finished(self, results: list[tuple[asyncio.Future[Any], Any]], loop: asyncio.AbstractEventLoop) -> None:
-        self._busy = False
         if self._waiting:
             self._start(loop)
+        else:
+            self._busy = False
         for future, result in results:
             if future.done():
                 continue
@@ -203,9 +212,10 @@ class SqliteCache:
     def _work(self, taken: list[_Asked], loop: asyncio.AbstractEventLoop) -> None:
         try:
             connection = self._connected()
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if any(asked.writes for asked in taken) else "BEGIN")
+            driver = _driver(connection)
+            driver.execute("BEGIN IMMEDIATE" if any(asked.writes for asked in taken) else "BEGIN")
             results = [(asked.done, asked.work(connection)) for asked in taken]
-            connection.exec_driver_sql("COMMIT")
+            driver.execute("COMMIT")
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             self._disconnect()
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
