@@ -7,6 +7,7 @@ about the answer; null always is one. Any other value is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -32,42 +33,59 @@ def labels(value: Any) -> bool:
 
 NEVER = one_of()
 
-CHAT: Mapping[str, Nothing] = {
-    "audio": NEVER,
-    "function_call": one_of("none", "auto"),
-    "functions": one_of([]),
-    "metadata": labels,
-    "modalities": one_of(["text"]),
-    "moderation": NEVER,
-    "parallel_tool_calls": one_of(True, False),
-    "prediction": NEVER,
-    "prompt_cache_key": label,
-    "prompt_cache_options": NEVER,
-    "prompt_cache_retention": one_of("in_memory", "in-memory"),
-    "reasoning_effort": one_of("none"),
-    "response_format": one_of({"type": "text"}),
-    "safety_identifier": label,
-    "service_tier": one_of("auto", "default"),
-    "store": one_of(False),
-    "tool_choice": one_of("none", "auto"),
-    "tools": one_of([]),
-    "user": label,
-    "verbosity": one_of("medium"),
-    "web_search_options": NEVER,
-}
 
-COMPLETION: Mapping[str, Nothing] = {
-    "suffix": one_of(""),
-    "user": label,
-}
+class Fields:
+    """Names of fields, with what asks for nothing in each."""
 
-MESSAGE: Mapping[str, Nothing] = {
-    # Parts of OpenAI's own answers, which clients send back as history.
-    "annotations": one_of([]),
-    "audio": NEVER,
-    "function_call": NEVER,
-    "refusal": one_of(""),
-}
+    __slots__ = ("known", "values")
+
+    def __init__(self, known: Mapping[str, Nothing]) -> None:
+        self.known = known
+        self.values: Callable[[msgspec.Struct], tuple[Any, ...]] = attrgetter(*known)
+
+
+CHAT = Fields(
+    {
+        "audio": NEVER,
+        "function_call": one_of("none", "auto"),
+        "functions": one_of([]),
+        "metadata": labels,
+        "modalities": one_of(["text"]),
+        "moderation": NEVER,
+        "parallel_tool_calls": one_of(True, False),
+        "prediction": NEVER,
+        "prompt_cache_key": label,
+        "prompt_cache_options": NEVER,
+        "prompt_cache_retention": one_of("in_memory", "in-memory"),
+        "reasoning_effort": one_of("none"),
+        "response_format": one_of({"type": "text"}),
+        "safety_identifier": label,
+        "service_tier": one_of("auto", "default"),
+        "store": one_of(False),
+        "tool_choice": one_of("none", "auto"),
+        "tools": one_of([]),
+        "user": label,
+        "verbosity": one_of("medium"),
+        "web_search_options": NEVER,
+    }
+)
+
+COMPLETION = Fields(
+    {
+        "suffix": one_of(""),
+        "user": label,
+    }
+)
+
+MESSAGE = Fields(
+    {
+        # Parts of OpenAI's own answers, which clients send back as history.
+        "annotations": one_of([]),
+        "audio": NEVER,
+        "function_call": NEVER,
+        "refusal": one_of(""),
+    }
+)
 
 Ignored = msgspec.Raw | msgspec.UnsetType
 """The type of such a field: read past, and looked at only if it is there."""
@@ -76,9 +94,12 @@ _LONGEST = 65536
 """Bytes; no value that asks for nothing is longer."""
 
 
-def refuse_what_we_cannot(struct: msgspec.Struct, fields: Mapping[str, Nothing], place: str = "") -> None:
+def refuse_what_we_cannot(struct: msgspec.Struct, fields: Fields, place: str = "") -> None:
     """Raises `Unsupported`, naming the first field that asks for something."""
-    for name, asks_nothing in fields.items():
+    values = fields.values(struct)
+    if values.count(msgspec.UNSET) == len(values):
+        return
+    for name, asks_nothing in fields.known.items():
         raw = getattr(struct, name)
         if raw is msgspec.UNSET:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b, sha256
 
 from headrace.config import AccessSection
@@ -116,6 +117,7 @@ class Callers:
         return "The key is not one that this server knows."
 
 
+@lru_cache(maxsize=4096)
 def anonymous(address: str) -> Caller:
     return Caller(number=tenant_number("address", address.encode()))
 
