@@ -146,6 +146,14 @@ def test_what_a_section_doesnt_say_is_as_for_the_default_model(tmp_path: Path) -
     ]
 
 
+def test_types_have_short_names() -> None:
+    said = [section.model_validate({"dtype": "bf16"}).dtype for section in (ModelSection, ModelEntry)]
+    assert said == ["bfloat16", "bfloat16"]
+    assert ModelSection.model_validate({"dtype": "fp16"}).dtype == "float16"
+    with pytest.raises(ValueError, match="float32"):
+        ModelSection.model_validate({"dtype": "fp8"})
+
+
 def test_likeness_is_of_words_in_their_order() -> None:
     assert likeness("The sea is blue", "the sea is  blue") == 1
     assert likeness("the sea is blue", "the sea is red") == pytest.approx(0.75)

@@ -149,6 +149,10 @@ class LimitSection(Section):
         return url
 
 
+_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Other words for types."""
+
+
 class ModelSection(Section):
     """What is served."""
 
@@ -181,6 +185,11 @@ class ModelSection(Section):
     offline: bool = Field(False, description="Never touch the network for models")
     remote_api_key: SecretStr | None = Field(None, description="Bearer token for a remote engine's URL")
     remote_model: str | None = Field(None, description="Model to ask a remote engine for; default is the first it lists")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _types_have_short_names(cls, dtype: object) -> object:
+        return _TYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
 
 
 class GoldenPrompt(Section):
@@ -238,6 +247,11 @@ class ModelEntry(Section):
             if word in known and ours not in known:
                 known[ours] = known.pop(word)
         return known
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _types_have_short_names(cls, dtype: object) -> object:
+        return _TYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
 
     @field_validator("keep_alive", mode="before")
     @classmethod
