@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from headrace.config import AccessSection, Config, FilterSection, ServerSection
 from headrace.engine.echo import EchoEngine
 from headrace.http.api import create_api
+from headrace.http.slow_readers import Connection
 from headrace.journey import Journey
 from headrace.models.byte_tokenizer import ByteTokenizer
 from headrace.models.template import load_template
@@ -122,7 +123,16 @@ def client(stand: Stand, address: str = "127.0.0.1") -> httpx.AsyncClient:
 @contextmanager
 def live(made: Stand) -> Iterator[Stand]:
     """The application behind a real server, in a thread of its own."""
-    config = uvicorn.Config(made.app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", proxy_headers=False, access_log=False)
+    config = uvicorn.Config(
+        made.app,
+        http=Connection,
+        host="127.0.0.1",
+        port=0,
+        log_level="critical",
+        lifespan="off",
+        proxy_headers=False,
+        access_log=False,
+    )
     server = uvicorn.Server(config)
     sock = config.bind_socket()
     sock.listen(512)

@@ -24,11 +24,6 @@ async def merge(sources: Sequence[AsyncGenerator[bytes]]) -> AsyncGenerator[byte
 
     The first error ends the others and is raised.
     """
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as only:
-            async for alone in only:
-                yield alone
-        return
     arrived: asyncio.Queue[tuple[int, bytes | BaseException | None]] = asyncio.Queue(maxsize=4 * len(sources))
 
     async def pump(number: int, source: AsyncGenerator[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -50,13 +51,13 @@ class Completions:
             include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             head = Head(self._serving, calls, "cmpl-", "text_completion")
             chunks = [CompletionChunks(head, writer, usage=include_usage) for writer in writers]
-            return Streamed(
-                merge([encoded(journey, call, each) for call, each in zip(calls, chunks, strict=True)]),
-                as_they_are,
-                closing=lambda: closing(head, calls, include_usage=include_usage),
-                problem=error_event,
-                keep_alive=self._serving.config.server.keepalive_interval,
-            )
+            end = partial(closing, head, calls, include_usage=include_usage)
+            pause = self._serving.config.server.keepalive_interval
+            if len(calls) == 1:
+                source, encode = journey.run(calls[0]), chunks[0].batch
+                return Streamed(source, encode, closing=end, problem=error_event, keep_alive=pause, call=calls[0])
+            sources = merge([encoded(journey, call, each) for call, each in zip(calls, chunks, strict=True)])
+            return Streamed(sources, as_they_are, closing=end, problem=error_event, keep_alive=pause)
         async with Watch(request.receive, exchange.line):
             choices = await together([self._choices(call, writer) for call, writer in zip(calls, writers, strict=True)])
         fields = Head(self._serving, calls, "cmpl-", "text_completion").fields()
