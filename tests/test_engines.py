@@ -301,3 +301,53 @@ async def test_a_client_that_does_not_read_is_cut_off(worker: Worker, client: En
     assert text_of(await collect(client, ask())) == "hello"
     await until(lambda: engine.stats().running == 0)
     writer.close()
+
+
+async def test_what_is_handed_over_is_not_read_and_nothing_overtakes(worker: Worker, client: EngineClient) -> None:
+    await worker.live(EchoEngine(TOKENIZER, pace=0.001))
+    await client.start()
+    text = "to be handed over, as far as it can be " * 8
+    got: list[Event] = []
+    taken = 0
+
+    def take(batch: list[Event]) -> bool:
+        nonlocal taken
+        if len(got) % 3 == 0:  # now and then it is busy
+            return False
+        got.extend(batch)
+        taken += 1
+        return True
+
+    async with aclosing(client.generate(ask(text))) as reading:
+        async for batch in reading:
+            got += batch
+            reading.hand_to(take)
+    assert text_of(got) == text
+    assert [event.index for event in got if isinstance(event, Delta)] == list(range(len(text)))
+    assert taken > len(text) / 3
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("of whoever takes")])
+async def test_who_takes_no_more_ends_the_request(worker: Worker, client: EngineClient, error: Exception | None) -> None:
+    await worker.live(EchoEngine(TOKENIZER, pace=0.001))
+    await client.start()
+    reading = client.generate(ask("x" * 500))
+    got = await anext(reading)
+
+    def take(batch: list[Event]) -> bool:
+        got.extend(batch)
+        if len(got) == 5:
+            reading.stop(error)
+        return True
+
+    reading.hand_to(take)
+    if error is None:
+        assert [batch async for batch in reading] == []
+    else:
+        with pytest.raises(ZeroDivisionError):
+            await anext(reading)
+    assert len(got) == 5
+    await reading.aclose()
+    await until(lambda: worker.engine.stats().running == 0)
+    with pytest.raises(StopAsyncIteration):
+        await anext(reading)
