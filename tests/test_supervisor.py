@@ -30,6 +30,13 @@ def server(tmp_path: Path) -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """For tests that leave it as it was."""
+    with RunningServer(tmp_path_factory.mktemp("shared"), "echo?pace=0.02") as running:
+        yield running
+
+
 class Streaming(threading.Thread):
     """A client that reads `/chat/stream` to its end."""
 
@@ -99,12 +106,12 @@ def test_ready_tells_the_truth_while_the_engine_is_away(tmp_path: Path) -> None:
         assert server.client.get("/health/ready").status_code == 200
 
 
-def test_a_hang_up_frees_the_sequence(server: RunningServer) -> None:
-    with httpx.stream("POST", f"{server.url}/chat/stream", json={"prompt": SLOW_TEXT, "max_length": 4000}) as answer:
+def test_a_hang_up_frees_the_sequence(shared: RunningServer) -> None:
+    with httpx.stream("POST", f"{shared.url}/chat/stream", json={"prompt": SLOW_TEXT, "max_length": 4000}) as answer:
         pieces = answer.iter_raw()
         next(pieces)
-        eventually(lambda: server.worker()["running"] == 1)
-    eventually(lambda: server.worker()["running"] == 0, within=2)
+        eventually(lambda: shared.worker()["running"] == 1)
+    eventually(lambda: shared.worker()["running"] == 0, within=2)
 
 
 def test_an_api_process_that_dies_is_replaced(tmp_path: Path) -> None:
@@ -127,14 +134,14 @@ def test_an_api_process_that_dies_is_replaced(tmp_path: Path) -> None:
         assert [worker["restarts"] for worker in server.ps()["workers"]] == [0]
 
 
-def test_children_ignore_what_terminals_and_service_managers_send(server: RunningServer) -> None:
-    children = server.children()
+def test_children_ignore_what_terminals_and_service_managers_send(shared: RunningServer) -> None:
+    children = shared.children()
     for pid in children:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             os.kill(pid, number)
         assert os.getsid(pid) == pid
-    assert server.client.post("/chat", json={"prompt": "hello"}).json()["response"] == "hello"
-    assert server.children() == children
+    assert shared.client.post("/chat", json={"prompt": "hello"}).json()["response"] == "hello"
+    assert shared.children() == children
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -228,14 +235,14 @@ def test_secrets_are_in_no_command_line_nor_log_nor_the_worker(tmp_path: Path) -
     assert "psst-private" not in log
 
 
-def test_a_server_in_front_of_a_server(server: RunningServer, tmp_path: Path) -> None:
+def test_a_server_in_front_of_a_server(shared: RunningServer, tmp_path: Path) -> None:
     front = tmp_path / "front"
     front.mkdir()
-    with RunningServer(front, f"{server.url}/v1", "--name", "front") as proxy:
+    with RunningServer(front, f"{shared.url}/v1", "--name", "front") as proxy:
         chat = {"messages": [{"role": "user", "content": "near and far"}]}
         answer = proxy.client.post("/v1/chat/completions", json=chat).json()
         assert answer["choices"][0]["message"]["content"] == "near and far"
-        assert answer["usage"] == server.client.post("/v1/chat/completions", json=chat).json()["usage"]
+        assert answer["usage"] == shared.client.post("/v1/chat/completions", json=chat).json()["usage"]
         completion = proxy.client.post("/v1/completions", json={"prompt": "once", "max_tokens": 3}).json()
         assert completion["choices"][0]["text"] == "onc"
         assert completion["choices"][0]["finish_reason"] == "length"
@@ -246,11 +253,11 @@ def test_a_server_in_front_of_a_server(server: RunningServer, tmp_path: Path) ->
         with httpx.stream("POST", f"{proxy.url}/chat/stream", json={"prompt": SLOW_TEXT, "max_length": 4000}) as hung_up:
             pieces = hung_up.iter_raw()
             next(pieces)
-            eventually(lambda: server.worker()["running"] == 1)
-        eventually(lambda: server.worker()["running"] == 0)
+            eventually(lambda: shared.worker()["running"] == 1)
+        eventually(lambda: shared.worker()["running"] == 0)
 
 
-def test_an_api_process_loads_no_engine(server: RunningServer) -> None:
-    api = server.ps()["api"][0]["pid"]
+def test_an_api_process_loads_no_engine(shared: RunningServer) -> None:
+    api = shared.ps()["api"][0]["pid"]
     maps = Path(f"/proc/{api}/maps").read_text()
     assert "openvino" not in maps
