@@ -180,8 +180,9 @@ class ForwardBatch:
     """Longest past + new over the sequences."""
     rows: NDArray[np.int64]
     """[R] indices into the T tokens."""
-    full_rows: bool = False
-    """True where some row's sampler is known to need all its logits (penalties, bias, grammar)."""
+    best_only: bool = False
+    """True where nothing but each row's likeliest token will be asked for: a runner may leave the rest out of its result, with `logsumexp` any
+    finite number where the likeliest logit is finite."""
 
 
 class ForwardResult(Protocol):
@@ -189,7 +190,7 @@ class ForwardResult(Protocol):
 
     @property
     def top_ids(self) -> NDArray[np.int64]:
-        """[R, k] the likeliest tokens, likeliest first."""
+        """[R, k] the likeliest tokens, likeliest first; k may be 1 for a batch with `best_only`."""
         ...
 
     @property
@@ -424,10 +425,10 @@ class Limits(Protocol):
         """Lease more output to an admitted request; `told` hears what was granted, later. Never waits."""
         ...
 
-    async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
+    async def settle(self, id: str, used: int, *, guessed: bool = False, wait: bool = True) -> tuple[Room, ...] | None:
         """The request is over and used so many tokens; how its claims stand now, where that is known. Unknown ids are ignored.
 
-        `guessed`: nobody here knows yet how much it was, and this is the most.
+        `guessed`: nobody here knows yet how much it was, and this is the most. Without `wait` it is only sent, and nothing is told.
         """
         ...
 

@@ -20,14 +20,21 @@ LETTERS = "".join(chr(32 + token) for token in range(VOCABULARY))
 
 
 class FakeResult:
-    def __init__(self, logits: NDArray[np.float32]) -> None:
+    """With `best_only`, nothing of it but the likeliest tokens can be used."""
+
+    def __init__(self, logits: NDArray[np.float32], best_only: bool = False) -> None:
         self._logits = logits
         self.top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :64].astype(np.int64)
         self.top_logits = np.take_along_axis(logits, self.top_ids, axis=1)
         highest = logits.max(axis=1, initial=0)
         self.logsumexp = (np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest).astype(np.float32)
+        self._best_only = best_only
+        if best_only:
+            self.top_ids, self.top_logits = self.top_ids[:, :1], self.top_logits[:, :1]
+            self.logsumexp = np.full_like(self.logsumexp, 1e6)
 
     def logits(self, row: int) -> NDArray[np.float32]:
+        assert not self._best_only
         return self._logits[row].copy()
 
 
@@ -62,6 +69,8 @@ class FakeRunner:
         self.positions = np.full((num_blocks, block_size), -1, np.int64)
         self.sizes: list[list[int]] = []
         """Of each step, the tokens of each sequence."""
+        self.best_only: list[bool] = []
+        """Of each step, whether nothing but the likeliest tokens was wanted."""
         self.copies = 0
         self.poison: int | None = None
         """A token that no step can compute."""
@@ -110,7 +119,8 @@ class FakeRunner:
                 histories[token] = history[: past + token - begin + 1]
         assert batch.max_context_len == longest
         rows = [next_logits(histories[int(row)][-self.memory :]) for row in batch.rows]
-        return FakeResult(np.array(rows, np.float32).reshape(len(rows), VOCABULARY))
+        self.best_only.append(batch.best_only)
+        return FakeResult(np.array(rows, np.float32).reshape(len(rows), VOCABULARY), batch.best_only)
 
     def forward_alone(self, history: Sequence[int]) -> NDArray[np.float32]:
         """Log-probabilities of what follows a history, without any blocks."""

@@ -10,7 +10,7 @@ import openvino.opset15 as op
 import pytest
 
 from headrace.engine.openvino_runner import OpenVinoRunner
-from headrace.engine.paged_graph import CACHES, ROWS_INPUT, STEP_INPUTS, TOP, page
+from headrace.engine.paged_graph import CACHES, CANDIDATES_INPUT, ROWS_INPUT, STEP_INPUTS, TOP, page
 from headrace.errors import ModelError
 from headrace.types import ModelFiles
 
@@ -26,14 +26,14 @@ def paged(default_model: ModelFiles) -> ov.Model:
 def test_inputs(paged: ov.Model) -> None:
     names = {port.get_any_name() for port in paged.inputs}
     caches = {name for name in names if name.startswith(CACHES)}
-    assert names - caches == STEP_INPUTS | {ROWS_INPUT}
+    assert names - caches == STEP_INPUTS | {ROWS_INPUT, CANDIDATES_INPUT}
     layers = len(caches) // 2
     assert caches == {f"{kind}{layer}" for kind in CACHES for layer in range(layers)}
     types = {name: paged.input(name).get_element_type().get_type_name() for name in names - caches}
     assert {name for name, kind in types.items() if kind == "i64"} == {"input_ids", "position_ids", ROWS_INPUT}
-    assert {kind for kind in types.values() if kind != "i64"} == {"i32"}
+    assert {kind for kind in types.values() if kind != "i64"} == {"i32", "boolean"}
     ranks = {name: len(paged.input(name).get_partial_shape()) for name in names - caches}
-    assert {name for name, rank in ranks.items() if rank == 0} == {"max_context_len"}
+    assert {name for name, rank in ranks.items() if rank == 0} == {"max_context_len", CANDIDATES_INPUT}
     assert set(ranks.values()) == {0, 1}
 
 
@@ -41,8 +41,8 @@ def test_inputs(paged: ov.Model) -> None:
 def test_outputs(paged: ov.Model) -> None:
     outputs = {port.get_any_name(): (str(port.get_partial_shape()), port.get_element_type().get_type_name()) for port in paged.outputs}
     assert outputs == {
-        "top_logits": (f"[?,{TOP}]", "f32"),
-        "top_ids": (f"[?,{TOP}]", "i64"),
+        "top_logits": (f"[?,1..{TOP}]", "f32"),
+        "top_ids": (f"[?,1..{TOP}]", "i64"),
         "logsumexp": ("[?]", "f32"),
         "logits": ("[?,49152]", "f32"),
     }

@@ -46,6 +46,17 @@ def test_many_rows_and_none(runner: OpenVinoRunner) -> None:
     assert np.isfinite(result.logsumexp).all()
 
 
+def test_the_likeliest_alone(runner: OpenVinoRunner) -> None:
+    whole = runner.forward(batch([(TOKENS, 0, [0, 1, 2])], [0, 20, 69]))
+    asked = batch([(TOKENS, 0, [0, 1, 2])], [0, 20, 69])
+    asked.best_only = True
+    alone = runner.forward(asked)
+    assert alone.top_ids.shape == alone.top_logits.shape == (3, 1)
+    np.testing.assert_array_equal(alone.top_ids, whole.top_ids[:, :1])
+    np.testing.assert_array_equal(alone.top_logits, whole.top_logits[:, :1])
+    assert np.isfinite(alone.logsumexp).all()
+
+
 def test_rows_are_read_before_the_next_step(runner: OpenVinoRunner) -> None:
     result = runner.forward(batch([(TOKENS, 0, [0, 1, 2])]))
     runner.forward(batch([(TOKENS, 0, [0, 1, 2])]))

@@ -219,6 +219,30 @@ def test_logprobs_name_the_token_and_its_rivals() -> None:
         assert scored.logprob < 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "best_only"),
+    [
+        ({}, True),
+        ({"stop": ("@",)}, True),
+        ({"temperature": 0.5}, False),
+        ({"logprobs": 0}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"prompt_logprobs": 0}, False),
+    ],
+)
+def test_candidates_are_computed_where_something_is_asked_of_them(asked: dict[str, object], best_only: bool) -> None:
+    driven = Driven()
+    driven.add(prompt(5), max_tokens=4, **asked)
+    driven.drain()
+    assert driven.runner.best_only[0] is best_only
+    beside = Driven()
+    beside.add(prompt(5), max_tokens=4)
+    beside.add(prompt(6), max_tokens=4, **asked)
+    beside.drain()
+    assert (False in beside.runner.best_only) is not best_only
+
+
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_prompt_scores_are_computed_for_every_position(max_tokens: int) -> None:
     driven = Driven(step_tokens=16, num_blocks=128, context_length=400)

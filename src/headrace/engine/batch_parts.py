@@ -34,4 +34,5 @@ def part(batch: ForwardBatch, first: int, last: int) -> ForwardBatch:
         block_indices_begins=batch.block_indices_begins[first : last + 1] - blocks.start,
         max_context_len=int((past_lens + np.diff(batch.subsequence_begins[first : last + 1])).max()),
         rows=batch.rows[(batch.rows >= begin) & (batch.rows < end)] - begin,
+        best_only=batch.best_only,
     )

@@ -65,8 +65,6 @@ class Draw:
         return [sequence.completion.sampler for sequence in self.sequences if sequence.completion is not None]
 
     @property
-    def full(self) -> bool:
-        """Whether some row is known to need all its logits."""
-        if self.scored:
-            return True
-        return any(sampler.needs_full for sampler in self.samplers)
+    def best_only(self) -> bool:
+        """Whether each row's likeliest token is all that is asked of it."""
+        return not self.scored and all(sampler.takes_best for sampler in self.samplers)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from headrace.engine.batch_parts import check_indices, part
 from headrace.engine.kv_budget import block_count, resident_memory
-from headrace.engine.paged_graph import CACHES, ROWS_INPUT, STEP_INPUTS, page
+from headrace.engine.paged_graph import CACHES, CANDIDATES_INPUT, ROWS_INPUT, STEP_INPUTS, page
 from headrace.errors import ModelError, RequestFailed
 from headrace.ports import ForwardBatch
 
@@ -100,7 +100,7 @@ class OpenVinoRunner:
             raise ModelError(f"OpenVINO can't run this model on the CPU: {str(error)[-300:]}") from error
         self._vocab_size = compiled.output("logits").get_partial_shape()[1].get_length()
         self._request = compiled.create_infer_request()
-        changing = {*STEP_INPUTS, ROWS_INPUT}
+        changing = {*STEP_INPUTS, ROWS_INPUT, CANDIDATES_INPUT}
         self._places = {name: place for place, port in enumerate(compiled.inputs) for name in port.get_names() & changing}
         self._allocate(ov, compiled)
         said = {name: str(compiled.get_property(name)) for name in ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")}
@@ -195,6 +195,7 @@ class OpenVinoRunner:
             self._feed("block_indices_begins", batch.block_indices_begins)
             self._feed("max_context_len", np.array(batch.max_context_len, np.int32))
             self._feed(ROWS_INPUT, batch.rows)
+            self._feed(CANDIDATES_INPUT, np.array(not batch.best_only))
             request.start_async()
             if self.meanwhile is not None:
                 self.meanwhile()

@@ -59,6 +59,7 @@ class SequenceSampler:
         "_key",
         "_sampling",
         "_seen",
+        "_telling",
         "filters",
         "greedy",
         "logprobs",
@@ -82,6 +83,7 @@ class SequenceSampler:
         self.greedy = sampling.temperature < GREEDY_BELOW
         self.filters = Filters(sampling.temperature, sampling.min_p, sampling.top_k or vocab_size, sampling.top_p)
         self.logprobs = sampling.logprobs or 0
+        self._telling = sampling.logprobs is not None
         self.vocab_size = vocab_size
         self._bias = _bias(sampling.logit_bias, vocab_size)
         ends = set(sampling.stop_token_ids) if sampling.ignore_eos else eos_ids | set(sampling.stop_token_ids)
@@ -99,6 +101,11 @@ class SequenceSampler:
     def needs_full(self) -> bool:
         """Whether the next token surely needs all logits of its row."""
         return self._changed or self._generated < self._sampling.min_tokens
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is the row's likeliest, and nobody asks how likely."""
+        return self.greedy and not self._telling and not self.needs_full
 
     @property
     def generated(self) -> int:

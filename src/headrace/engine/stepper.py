@@ -252,7 +252,7 @@ class Stepper:
             draw = Draw(decodes, chunks, guesses)
             for leader in draw.leaders:
                 draw.add(leader, [self._sibling(leader, choice) for choice in range(1, leader.job.request.sampling.n)])
-            batch.full_rows = draw.full
+            batch.best_only = draw.best_only
             self.pulse.begin(self._pace.seconds(len(batch.input_ids)))
             result = self._runner.forward(batch)
             picks = sample_rows(result, draw.samplers, draw.rows, draw.ahead) if draw.samplers else []
