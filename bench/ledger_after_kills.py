@@ -40,15 +40,16 @@ PATIENCE = 30.0
 def run(
     *,
     kills: int = 200,
-    each: tuple[int, int] = (5, 3),
+    apis: int = 5,
+    workers: int = 3,
     users: int = 8,
     pace: float = 0.004,
     seed: int = 1,
     settled_within: float = 20.0,
 ) -> Findings:
-    """`kills`: how many in all; `each`: API processes and workers for each supervisor. `pace`: seconds of a step."""
+    """`kills`: how many in all; `apis`, `workers`: of these for each supervisor. `pace`: seconds of a step."""
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:
-        return Kills(Path(folder), users, pace, random.Random(seed), settled_within).run(kills, *each)
+        return Kills(Path(folder), users, pace, random.Random(seed), settled_within).run(kills, apis, workers)
 
 
 @dataclass

@@ -126,7 +126,7 @@ def test_a_key_sees_its_own_bill_and_the_command_line_all(tmp_path: Path) -> Non
 
 
 def test_kills_at_random_moments_cost_no_token() -> None:
-    findings = run(kills=6, each=(3, 2), users=6, seed=7)
+    findings = run(kills=6, apis=3, workers=2, users=6, seed=7)
     assert findings.met, findings
 
 
