@@ -380,6 +380,9 @@ class SupervisorsLimits:
     def __init__(self, link: SupervisorLink) -> None:
         self.exchange = link.ask_limits
 
+    async def tell(self, asks: Sequence[Ask]) -> None:
+        await self.exchange(asks)
+
     async def reconnect(self) -> None:
         """There is nothing to do: it is never away."""
 

@@ -262,3 +262,29 @@ async def test_what_was_told_is_owed_no_more(server: RedisServer, tmp_path: Path
     await back(limits)
     assert not file.exists()
     await limits.close()
+
+
+@pytest.mark.parametrize("asks_while_away", [False, True])
+async def test_a_second_absence_goes_on_from_what_was_known_before_the_first(
+    server: RedisServer, limits: SharedLimits, asks_while_away: bool
+) -> None:
+    claim = Claim(name(), budget=1000, period="total")
+    (id,) = await admitted(limits, claim, 1, prompt=0, output=100)
+
+    async def granted(tokens: int) -> int:
+        limits.extend(id, tokens, (told := asyncio.get_running_loop().create_future()).set_result)
+        return int((await told).granted)
+
+    for absence in range(2):
+        server.stop()
+        await admitted(limits, Claim(name(), concurrency=1), 1)
+        assert limits.away
+        if asks_while_away or absence:
+            # Half of what was left, over both absences.
+            assert await granted(200) == 200
+        if absence == 0:
+            server.start()
+            await back(limits)
+    assert await granted(1000) == (50 if asks_while_away else 250)
+    server.start()
+    await back(limits)

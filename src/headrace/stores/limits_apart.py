@@ -9,6 +9,8 @@ import msgspec
 from headrace.claims import Ask, Claim, Extend, Extended, Reply, Room, Settle, Take, Taken
 from headrace.stores.limit_table import LimitTable
 
+MOST_EARLIER = 10_000
+
 
 class LimitsApart:
     """Of every limit one of `processes` parts, beginning with that part of what was last known.
@@ -16,15 +18,21 @@ class LimitsApart:
     All processes together then admit at most what one could have, and each that counted wrong at most one bucket more.
     """
 
-    def __init__(self, processes: int, known: Callable[[Claim], Room | None]) -> None:
+    def __init__(self, processes: int, known: Callable[[Claim], tuple[Room, bool] | None]) -> None:
+        """`known`: how a claim stood when it was last heard of, and whether that was before an earlier absence."""
         self._parts = max(1, processes)
         self._known = known
         self._table = LimitTable()
         self._begun: set[str] = set()
+        self._earlier: set[str] = set()
+        """Of earlier absences, whose shares are void once something is heard of their subjects."""
 
     def begin(self) -> None:
-        """The place went away just now: what is left of the share of an earlier absence is void."""
+        """The place went away just now."""
+        self._earlier |= self._begun
         self._begun.clear()
+        if len(self._earlier) > MOST_EARLIER:
+            self._earlier.clear()
 
     def answer(self, ask: Ask, admitted: Take | None = None) -> Reply:
         """As the place would. `admitted`: the request that an `Extend` belongs to, wherever it was admitted."""
@@ -57,7 +65,15 @@ class LimitsApart:
             claims.append(part)
             if claim.subject in self._begun:
                 continue
-            room = self._known(claim)
+            heard = self._known(claim)
+            if heard is None or heard[1]:
+                if claim.subject in self._earlier:
+                    # Nothing is known that wasn't then: what was left of that share is left now.
+                    self._begun.add(claim.subject)
+                    continue
+            else:
+                self._earlier.discard(claim.subject)
+            room = None if heard is None else heard[0]
             spent = 0
             if claim.budget is not None:
                 if room is not None:

@@ -49,10 +49,16 @@ class RedisLimits:
         """How many times the script had run when it last answered: a Redis that has run it less often has forgotten something."""
 
     async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
+        return await self._exchange(asks, self._timeout)
+
+    async def tell(self, asks: Sequence[Ask]) -> None:
+        await self._exchange(asks, max(self._timeout, CONNECT_TIMEOUT))
+
+    async def _exchange(self, asks: Sequence[Ask], timeout: float) -> list[Reply]:
         if not self._ready:
             await self.reconnect()
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(timeout):
                 said = _encode(asks)
                 await self._connection.send_command("EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), self._turn)
                 self._turn, replies = _replies.decode(await self._connection.read_response())

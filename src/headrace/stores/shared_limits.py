@@ -55,6 +55,10 @@ class LimitPlace(Protocol):
         """Make sure that it can be reached. May take a second. Raises `StoreUnavailable`."""
         ...
 
+    async def tell(self, asks: Sequence[Ask]) -> None:
+        """As `exchange`, where nobody waits for the replies. May take a second."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -98,7 +102,9 @@ class SharedLimits:
         self._spent = spent
         self._known: dict[str, tuple[Room, float]] = {}
         self._running: dict[str, _Running] = {}
-        self._apart = LimitsApart(processes, lambda claim: self._room(claim) if claim.subject in self._known else None)
+        self._before: dict[str, tuple[Room, float]] = {}
+        """What was known before the latest absence, of subjects that nothing has been heard of since."""
+        self._apart = LimitsApart(processes, self._last_heard)
         self._guessed: dict[str, tuple[tuple[Claim, ...], int]] = {}
         """Requests that were settled with the most they can have used."""
         self._final: dict[str, int] = {}
@@ -166,7 +172,7 @@ class SharedLimits:
         running = self._running.get(id)
         self._send(Extend(id, tokens, "" if running is None else running.life), answered)
 
-    async def settle(self, id: str, used: int, *, guessed: bool = False) -> tuple[Room, ...] | None:
+    async def settle(self, id: str, used: int, *, guessed: bool = False, wait: bool = True) -> tuple[Room, ...] | None:
         """The request is over. It is sent before the first wait, so that a cancellation can't lose it; how its claims stand then."""
         final = self._final.pop(id, None)
         if final is not None:
@@ -177,7 +183,7 @@ class SharedLimits:
             if len(self._guessed) > KNOWN:
                 del self._guessed[next(iter(self._guessed))]
         done = self._settle(id, used)
-        return await done if done is not None else None
+        return await done if done is not None and wait else None
 
     def correct(self, id: str, used: int) -> None:
         """What the ledger says that a request really used, whether it has been settled with a guess or is about to be settled; others
@@ -286,6 +292,7 @@ class SharedLimits:
         for claim, room in zip(claims, rooms, strict=True):
             known.pop(claim.subject, None)
             known[claim.subject] = (room, now)
+            self._before.pop(claim.subject, None)
             if claim.budget is not None and self.budget_seen is not None:
                 self.budget_seen(claim, room)
         while len(known) > KNOWN:
@@ -307,6 +314,13 @@ class SharedLimits:
         )
 
     # Alone
+
+    def _last_heard(self, claim: Claim) -> tuple[Room, bool] | None:
+        """How it stood when it was last heard of, and whether that was before an earlier absence."""
+        if claim.subject in self._known:
+            return self._room(claim), False
+        found = self._before.get(claim.subject)
+        return None if found is None else (found[0], True)
 
     def _go_alone(self, ask: Ask, answered: Answered) -> None:
         """Answer an ask from this process's share, and keep what the place has to hear of it."""
@@ -349,7 +363,7 @@ class SharedLimits:
                 await self._place.reconnect()
                 while self._owed:
                     part = dict(list(self._owed.items())[:MOST_AT_ONCE])
-                    await self._place.exchange(list(part.values()))
+                    await self._place.tell(list(part.values()))
                     for id, ask in part.items():
                         if self._owed.get(id) is ask:
                             del self._owed[id]
@@ -357,7 +371,9 @@ class SharedLimits:
                 continue
             if self._kept is not None:
                 self._kept.clear()
-            self._known.clear()
+            self._before, self._known = self._before | self._known, {}
+            while len(self._before) > KNOWN:
+                del self._before[next(iter(self._before))]
             self._return = None
             self._log.info("limits are shared again")
             return
