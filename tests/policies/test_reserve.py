@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headrace.claims import Ask, Claim, Reply, Take, Taken
+from headrace.claims import Ask, Claim, Reply, Settle, Take, Taken
 from headrace.errors import EngineDied, HeadraceError, RateLimited
 from headrace.journey import Journey
 from headrace.policies import reserve
@@ -248,6 +248,38 @@ async def test_concurrency_is_free_again_when_a_request_is_over() -> None:
     assert refused.value.retry_after == 1
     await running.aclose()
     await stand.run(stand.call(limits))
+
+
+class SlowToSettle(TableLimits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_settle = asyncio.Event()
+
+    async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
+        if any(isinstance(ask, Settle) for ask in asks):
+            await self.may_settle.wait()
+        return await super().exchange(asks)
+
+
+@pytest.mark.parametrize(
+    ("begun", "most", "waits"), [(True, 10, False), (True, None, False), (True, 2, True), (False, 10, True), (False, None, True)]
+)
+async def test_an_answer_that_has_begun_waits_for_its_settlement_only_where_the_next_might_be_refused(
+    begun: bool, most: int | None, waits: bool
+) -> None:
+    stand = Stand(SteppingEngine(says=3))
+    place = stand.limits._place = SlowToSettle()
+    limits = LimitSpec(concurrency=most, rpm=100)
+    call = stand.call(limits)
+    call.headers_sent = begun
+    running = asyncio.create_task(stand.run(call))
+    if waits:
+        assert not (await asyncio.wait([running], timeout=0.05))[0]
+    else:
+        await running
+    place.may_settle.set()
+    await running
+    assert (await stand.room(limits)).running == 0
 
 
 async def test_the_tenant_limits_all_its_keys() -> None:

@@ -139,6 +139,8 @@ class Streamed(Generic[Given]):
             await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
             # Not before: a comment's turn may be cancelled while it waits for a connection that takes nothing yet.
             self._started = True
+            if self._call is not None:
+                self._call.headers_sent = True
 
     async def _write(self, piece: bytes) -> None:
         if self._ping is not None:

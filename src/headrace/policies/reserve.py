@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from headrace.claims import Claim, Take, Taken
+from headrace.claims import Claim, Room, Take, Taken
 from headrace.errors import HeadraceError
 from headrace.policies.claimants import Claimants
 from headrace.policies.rate_answers import refusal, show_limits
@@ -48,7 +48,9 @@ class Reserve:
                 # A fallback comes with a lease of its own.
                 call.transforms.remove(lease)
             used, guessed = used_tokens(call, lease)
-            rooms = await self._limits.settle(call.id, used, guessed=guessed)
+            # A caller near the most requests at a time may send the next one, by way of another process, as soon as this one is over.
+            wait = not call.headers_sent or any(map(_crowded, claims, self._limits.peek(claims)[1]))
+            rooms = await self._limits.settle(call.id, used, guessed=guessed, wait=wait)
             if rooms is not None:
                 show_limits(call, claims, rooms)
 
@@ -89,6 +91,10 @@ class Reserve:
                 asked = take
             else:
                 raise refusal(take.claims, reply, prompt=take.prompt)
+
+
+def _crowded(claim: Claim, room: Room) -> bool:
+    return claim.concurrency is not None and 2 * room.running >= claim.concurrency
 
 
 def prompt_tokens(request: GenerateRequest) -> int:
