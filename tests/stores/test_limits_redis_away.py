@@ -288,3 +288,35 @@ async def test_a_second_absence_goes_on_from_what_was_known_before_the_first(
     assert await granted(1000) == (50 if asks_while_away else 250)
     server.start()
     await back(limits)
+
+
+async def test_what_redis_forgot_is_found_out_however_much_others_have_asked_since(server: RedisServer) -> None:
+    claim = Claim(name(), budget=10_000, period="total")
+    ledger = 0
+
+    async def spent(claim: Claim, since: float) -> int:
+        return ledger
+
+    one, two, other = (SharedLimits(RedisLimits(server.url), spent=spent) for _ in range(3))
+    try:
+        (id,) = await admitted(one, claim, 1, prompt=10, output=20)
+        server.stop()  # it keeps this state
+        server.start()
+        await admitted(one, Claim(name(), concurrency=1), 1)
+        await back(one)
+        await one.settle(id, 25)
+        ledger = 25
+        await asyncio.sleep(0.6)  # the bill is in the ledger for sure
+        server.kill()  # and forgets the settlement
+        server.start()
+        for _ in range(20):
+            await admitted(other, Claim(name(), concurrency=1), 1)
+        assert (await _standing(two, claim)).held == 30
+        await admitted(one, Claim(name(), concurrency=1), 1)
+        await back(one)
+        await admitted(one, Claim(name(), concurrency=1), 1)
+        rooms = await _standing(two, claim)
+        assert (rooms.spent, rooms.held) == (25, 0)
+    finally:
+        for each in (one, two, other):
+            await each.close()

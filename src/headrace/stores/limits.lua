@@ -1,8 +1,10 @@
 -- Limits in Redis: the same as limit_table.py, which explains it. Atomic, by the server's clock.
--- KEYS[1] the prefix of all keys (one hash tag: one slot). ARGV[1] the asks as JSON, ARGV[4] the last turn that the asker knows of.
+-- KEYS[1] the prefix of all keys (one hash tag: one slot). ARGV[1] the asks as JSON, ARGV[4] the last turn that the asker knows of,
+-- ARGV[5] the run (from start to end) of Redis that this is, ARGV[6] the run in which that turn was.
 -- Returns the turn and the replies as JSON.
 --   PREFIX:t          hash   n the turn: how many times this script ran; e the life, where it isn't the first. In later lives each
---                            PREFIX below ends with the life: what is left of earlier ones is forgotten, and expires
+--                            PREFIX below ends with the life: what is left of earlier ones is forgotten, and expires.
+--                            r the run of Redis that it is, b the turn that this run began with
 --   PREFIX:s:SUBJECT  hash   rl, rt, rs requests' level, time, size; tl, tt, ts tokens' likewise; h held; o loose; p period; u spent;
 --                            b when u was read from the ledger; f, ft spent under leases that were forgotten, and when it was last
 --   PREFIX:r:SUBJECT  zset   running requests by expiry
@@ -20,12 +22,21 @@ local written = 0.5
 -- So long it is known what budgets were charged with, and for which leases: who finds out what was really used may come late.
 local budget_seconds = 40 * 86400
 
--- A turn that has been is a Redis that came back with an older state, or with none. The step is wider than what others may know of.
+-- A turn that has been is a Redis that came back with an older state, or with none; so is one of an earlier run that this one didn't
+-- begin with, however many turns others have had meanwhile. The step is wider than what others may know of.
 local turns = prefix .. ':t'
+local known, run = tonumber(ARGV[4]), ARGV[5]
+local begun = redis.call('HMGET', turns, 'r', 'b', 'n')
+local base = tonumber(begun[2] or '') or 0
+if begun[1] ~= run then
+  base = tonumber(begun[3] or '') or 0
+  redis.call('HSET', turns, 'r', run, 'b', string.format('%.0f', base))
+end
 local turn = redis.call('HINCRBY', turns, 'n', 1)
-if turn <= tonumber(ARGV[4]) then
-  turn = tonumber(ARGV[4]) + 1000000
-  redis.call('HSET', turns, 'n', string.format('%.0f', turn), 'e', string.format('%.0f', turn))
+if turn <= known or (ARGV[6] ~= run and known > base) then
+  turn = math.max(turn, known) + 1000000
+  local began = string.format('%.0f', turn)
+  redis.call('HSET', turns, 'n', began, 'e', began, 'b', began)
 end
 local life = redis.call('HGET', turns, 'e') or '0'
 redis.call('EXPIRE', turns, 40 * 86400)

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from headrace.claims import RECENT, Ask, Settle
-from headrace.errors import ConfigError, StoreUnavailable
+from headrace.claims import RECENT, Ask, Renew, Settle
+from headrace.errors import StoreUnavailable
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import MOST_AT_ONCE
 
@@ -28,6 +28,9 @@ REMEMBERED = 100.0
 """Seconds for which Redis surely knows that a lease was settled (`limits.lua`)."""
 FIRST_PAUSE, LAST_PAUSE = 0.5, 10.0
 """Seconds between attempts while Redis is away."""
+
+LOOK = 2.0
+"""Seconds between looks at whether Redis still knows what it was told."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Ask).decode
@@ -71,6 +74,7 @@ class OwedByTheDead:
         self._folder = folder
         self._wanted = asyncio.Event()
         self._last = 0
+        self._told = False
 
     def add(self, asks: Iterable[Ask]) -> None:
         """Returns once they are on the disk. Raises `OSError`."""
@@ -97,35 +101,55 @@ class OwedByTheDead:
 
     async def tell(self, url: str) -> None:
         """Tell Redis all there is. Raises `StoreUnavailable`; what was told until then needn't be told again, and does no harm."""
-        paths = await asyncio.to_thread(self.files)
-        if not paths:
-            return
         place = RedisLimits(url, timeout=TIMEOUT)
         try:
-            for path in paths:
-                asks = [_by_now(ask, time.time()) for ask in await asyncio.to_thread(read_owed, path)]
-                for at in range(0, len(asks), MOST_AT_ONCE):
-                    await place.exchange(asks[at : at + MOST_AT_ONCE])
-                await asyncio.to_thread(path.unlink, missing_ok=True)
+            await self._tell(place)
         finally:
             await place.close()
 
+    async def _tell(self, place: RedisLimits) -> None:
+        for path in await asyncio.to_thread(self.files):
+            asks = [_by_now(ask, time.time()) for ask in await asyncio.to_thread(read_owed, path)]
+            for at in range(0, len(asks), MOST_AT_ONCE):
+                await place.exchange(asks[at : at + MOST_AT_ONCE])
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            self._told = True
+
     async def run(self, url: Callable[[], str]) -> None:
-        """Tell it when there is something, and again while Redis is away, until cancelled. `url`: as configured now."""
-        log = structlog.get_logger("headrace.limits")
-        pause = FIRST_PAUSE
-        while True:
-            self._wanted.clear()
-            try:
-                if url() != "memory://":
-                    await self.tell(url())
-                await self._wanted.wait()
-                pause = FIRST_PAUSE
-            except (StoreUnavailable, ConfigError, OSError) as error:
-                if pause == FIRST_PAUSE:
-                    log.warning("what dead processes used waits for Redis", reason=str(error))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE)
+        """Tell it when there is something, and again while Redis is away, until cancelled. `url`: as configured now.
+
+        Redis may forget what it was told when it crashes; maybe nobody else has talked to it in between who could find that out.
+        """
+        place: RedisLimits | None = None
+        try:
+            of, pause = "", FIRST_PAUSE
+            while True:
+                self._wanted.clear()
+                if url() != of:
+                    if place is not None:
+                        await place.close()
+                    of = url()
+                    place = None if of == "memory://" else RedisLimits(of, timeout=TIMEOUT)
+                pause = await self._tell_or_wait(place, pause)
+        finally:
+            if place is not None:
+                await place.close()
+
+    async def _tell_or_wait(self, place: RedisLimits | None, pause: float) -> float:
+        """The pause that comes next, should it fail then."""
+        try:
+            if place is not None:
+                await self._tell(place)
+                if self._told:
+                    await place.exchange([Renew(())])
+        except (StoreUnavailable, OSError) as error:
+            if pause == FIRST_PAUSE:
+                structlog.get_logger("headrace.limits").warning("what dead processes used waits for Redis", reason=str(error))
+            await asyncio.sleep(pause)
+            return min(2 * pause, LAST_PAUSE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wanted.wait(), LOOK if self._told else None)
+        return FIRST_PAUSE
 
 
 def _by_now(ask: Ask, now: float) -> Ask:

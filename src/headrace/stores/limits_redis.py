@@ -47,6 +47,8 @@ class RedisLimits:
         self._ready = False
         self._turn = 0
         """How many times the script had run when it last answered: a Redis that has run it less often has forgotten something."""
+        self._run = self._turn_of = ""
+        """The run of Redis that is connected, and that in which it last answered."""
 
     async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
         return await self._exchange(asks, self._timeout)
@@ -60,8 +62,10 @@ class RedisLimits:
         try:
             async with asyncio.timeout(timeout):
                 said = _encode(asks)
-                await self._connection.send_command("EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), self._turn)
+                known = self._turn, self._run, self._turn_of
+                await self._connection.send_command("EVALSHA", self._hash, 1, PREFIX, said, LEASE_SECONDS, int(LAPSED_SECONDS), *known)
                 self._turn, replies = _replies.decode(await self._connection.read_response())
+                self._turn_of = self._run
                 return replies
         except self._errors as error:
             # An answer that comes late would be taken for the next one's.
@@ -78,6 +82,8 @@ class RedisLimits:
                 await self._connection.connect()
                 await self._connection.send_command("SCRIPT", "LOAD", self._script)
                 await self._connection.read_response()
+                await self._connection.send_command("INFO", "server")
+                self._run = _run_of(await self._connection.read_response())
             self._ready = True
         except self._errors as error:
             await self._drop()
@@ -90,6 +96,12 @@ class RedisLimits:
         self._ready = False
         with contextlib.suppress(*self._errors):
             await self._connection.disconnect(nowait=True)
+
+
+def _run_of(info: bytes | str) -> str:
+    """Random, another one with each start of Redis."""
+    text = info.decode() if isinstance(info, bytes) else info
+    return next((line.removeprefix("run_id:").strip() for line in text.splitlines() if line.startswith("run_id:")), "")
 
 
 def _named(error: BaseException) -> str:
