@@ -181,8 +181,8 @@ class ForwardBatch:
     rows: NDArray[np.int64]
     """[R] indices into the T tokens."""
     best_only: bool = False
-    """True where nothing but each row's likeliest token will be asked for: a runner may leave the rest out of its result, with `logsumexp` any
-    finite number where the likeliest logit is finite."""
+    """True where nothing but each row's likeliest token will be asked for: a runner may leave the rest out of its result, with `logsumexp`
+    any finite number where the likeliest logit is finite."""
 
 
 class ForwardResult(Protocol):

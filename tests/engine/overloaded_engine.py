@@ -21,7 +21,7 @@ TICK = 0.1
 @dataclass
 class Outcome:
     arrived: float
-    tenant: int = 0
+    tenant: int = 5
     priority: Priority = "default"
     refused: HeadraceError | None = None
     refused_at: float = 0.0
@@ -64,7 +64,7 @@ class OverloadedEngine:
 
     def arrive(
         self,
-        tenant: int = 0,
+        tenant: int = 5,
         priority: Priority = "default",
         prompt: int = 100,
         most: int = 32,

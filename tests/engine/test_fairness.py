@@ -7,7 +7,7 @@ from fake_runner import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, Pace
+from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, RELAXED, Pace
 from headrace.engine.sequence import Job, Sequence
 from headrace.engine.tenants import Tenants
 from headrace.types import GenerateRequest, Sampling
@@ -123,6 +123,21 @@ def test_the_pace_is_learnt_and_outlives_steps_of_one_size() -> None:
     assert pace.seconds(16) < 0.03
 
 
+def test_what_a_step_with_prompts_costs_before_its_tokens_isnt_taken_for_a_price_of_tokens() -> None:
+    pace = Pace()
+
+    def step(tokens: int, prompts: bool) -> None:
+        pace.note(tokens, 0.02 + 0.04 * prompts + tokens * 0.001, prompts=prompts)
+
+    for tokens in (160, 40, 16):
+        step(tokens, tokens > 16)
+    for _ in range(100):
+        for _ in range(3):
+            step(16, False)
+        step(16 + min(512, pace.room(RELAXED, 16)), True)
+    assert 90 <= pace.room(RELAXED, 16) <= 110
+
+
 def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> None:
     driven = Driven(max_sequences=32, step_tokens=256, num_blocks=400)
     flood(driven, 31, tenant=1, max_tokens=60)
@@ -130,7 +145,7 @@ def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> Non
         driven.step()
     pace = driven.stepper._pace
     pace.per_token, pace.fixed = 0.001, 0.008
-    pace.note = lambda tokens, seconds: None  # type: ignore[method-assign]
+    pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
     driven.runner.sizes.clear()
     driven.add([*range(1, 91), *range(1, 61)], tenant=2)
     for _ in range(3):

@@ -167,13 +167,15 @@ class Admission:
         self._enter(entry)
         return entry
 
-    def has_room(self) -> bool:
-        """Whether the next of the requests that are held back should go to the engine now: always when it has nothing waiting; unless it is
-        flooded, also while it has little."""
+    def has_room(self, entry: Entry) -> bool:
+        """Whether this one, the next of those that are held back, should go to the engine now: always when it has nothing waiting; unless
+        it is flooded, also while it has little, or while this one's tenant has so little there that it would begin within the limit."""
         waiting = len(self._waiting) - self._held
         if not waiting or self._flooded:
             return not waiting
-        return waiting < KEPT or predicted_wait(self.queue(), Newcomer(tenant=0, tokens=1), rank_of("default", PROMPT)) <= self._limit()
+        tenant, rank = entry.line
+        prompt = Newcomer(tenant=tenant, tokens=entry.tokens, sequences=entry.sequences)
+        return waiting < KEPT or predicted_wait(self.queue(), prompt, rank - PATIENT + PROMPT) <= self._limit()
 
     def released(self, entry: Entry) -> None:
         """One that was held back goes to the engine."""

@@ -24,6 +24,10 @@ class FairLine(Generic[Item]):
         self._ranks.setdefault(rank, {}).setdefault(tenant, deque()).append(item)
         self._count += 1
 
+    def first(self) -> Item:
+        """The next one, left where it is. Raises `ValueError` where nothing waits."""
+        return next(iter(self._ranks[max(self._ranks)].values()))[0]
+
     def take(self) -> Item:
         """The next one. Raises `ValueError` where nothing waits."""
         rank = max(self._ranks)

@@ -48,7 +48,7 @@ class HeldBack:
     def release(self) -> None:
         """Let as many go as may."""
         admission = self._admission
-        while len(self._line) and admission.has_room():
+        while len(self._line) and admission.has_room(self._line.first().entry):
             held = self._line.take()
             if not held.gone:
                 admission.released(held.entry)

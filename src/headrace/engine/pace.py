@@ -19,10 +19,8 @@ class Haste(NamedTuple):
     """A step is worth at least so many times what it costs before its first token: a large model's steps can't be short."""
 
 
-RELAXED = Haste(0.4, 5)
-"""While one tenant has the engine to itself: long chunks waste least. A step that begins or ends a prompt costs more than its
-tokens do (OpenVINO prepares its operations for the new shape), which `Pace` takes for a price of tokens; with 0.15 s a slow
-machine's chunks shrank until most steps were such ones."""
+RELAXED = Haste(0.18, 5)
+"""While one tenant has the engine to itself: long chunks waste least, and those who read along get five tokens a second at least."""
 BRISK = Haste(0.05, 2)
 """The same while several tenants share the engine, or did so recently."""
 MEMORY = 60.0
@@ -39,26 +37,22 @@ class Pace:
     """Seconds of a step as `fixed + per_token x tokens`."""
 
     def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._all = _Line()
+        self._prompts = _Line()
+        """Of steps with prompts in them. They cost more than their tokens do: a runner prepares its operations for every new shape. Taken
+        together with steady decodes that looks like a price of tokens, and the smaller the chunks were cut for it, the higher it looked."""
         self.per_token = 0.0
         self.fixed = 0.0
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """Learn from a step that has been."""
-        if self._weight > 5:
+    def note(self, tokens: int, seconds: float, *, prompts: bool = False) -> None:
+        """Learn from a step that has been; `prompts` if any were in it."""
+        if self._all.weight > 5:
             # A machine that stalled for a moment says nothing about the next step.
             seconds = min(seconds, 3 * self.seconds(tokens) + 0.005)
-        self._weight = self._weight * _KEEP + 1
-        self._x = self._x * _KEEP + tokens
-        self._y = self._y * _KEEP + seconds
-        self._xx = self._xx * _KEEP + tokens * tokens
-        self._xy = self._xy * _KEEP + tokens * seconds
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        variance = self._xx / self._weight - mean_x * mean_x
-        if variance > max(4.0, 0.01 * mean_x * mean_x):
-            # Steps of one size only, such as decodes, say nothing about the price of a token; then it stays as it was.
-            self.per_token = max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance)
-        self.fixed = max(0.0, mean_y - self.per_token * mean_x)
+        self._all.note(tokens, seconds)
+        self.per_token, self.fixed = self._all.slope, self._all.intercept
+        if prompts:
+            self._prompts.note(tokens, seconds)
 
     def seconds(self, tokens: int) -> float:
         """What a step of so many tokens is expected to take."""
@@ -68,5 +62,31 @@ class Pace:
         """Prompt tokens that fit in a step of such haste beside `beside` decodes; a large number where unknown."""
         if self.per_token <= 0:
             return 1 << 30
-        seconds = max(haste.seconds, haste.fixed_shares * self.fixed)
-        return max(0, math.floor((seconds - self.fixed) / self.per_token) - beside)
+        each, fixed = self.per_token, self.fixed
+        if self._prompts.slope > 0:
+            each, fixed = self._prompts.slope, self._prompts.intercept
+        # A step that is worth its while spends half of its time on tokens at least.
+        seconds = max(haste.seconds, haste.fixed_shares * self.fixed, 2 * fixed)
+        return max(0, math.floor((seconds - fixed) / each) - beside)
+
+
+class _Line:
+    """A straight line through points that fade: least squares with forgetting."""
+
+    def __init__(self) -> None:
+        self.weight = self._x = self._y = self._xx = self._xy = 0.0
+        self.slope = 0.0
+        self.intercept = 0.0
+
+    def note(self, x: float, y: float) -> None:
+        self.weight = self.weight * _KEEP + 1
+        self._x = self._x * _KEEP + x
+        self._y = self._y * _KEEP + y
+        self._xx = self._xx * _KEEP + x * x
+        self._xy = self._xy * _KEEP + x * y
+        mean_x, mean_y = self._x / self.weight, self._y / self.weight
+        variance = self._xx / self.weight - mean_x * mean_x
+        if variance > max(4.0, 0.01 * mean_x * mean_x):
+            # Steps of one size only, such as decodes, say nothing about the price of a token; then it stays as it was.
+            self.slope = max(0.0, (self._xy / self.weight - mean_x * mean_y) / variance)
+        self.intercept = max(0.0, mean_y - self.slope * mean_x)

@@ -164,7 +164,7 @@ class Stepper:
             seconds = self._clock() - began
             self._steps += 1
             self._step_seconds += seconds
-            self._pace.note(len(plan.decodes) + sum(chunk.end - chunk.begin for chunk in chunks), seconds)
+            self._pace.note(len(plan.decodes) + sum(chunk.end - chunk.begin for chunk in chunks), seconds, prompts=bool(chunks))
         for job in self._touched:
             if job.events:
                 self.outbox.append((job.deliver, job.events))
