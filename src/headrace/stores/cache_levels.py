@@ -78,6 +78,8 @@ class CacheLevels:
         self.counts = LevelCounts()
         self.purges = 0
         self._mark: bytes | None = None
+        self._looked = False
+        """For marks; those found at first are of purges before this process' time."""
         self._rest_until = 0.0
         self._waiting: list[tuple[bytes, bytes, CacheTags]] = []
         self._waiting_bytes = 0
@@ -201,6 +203,9 @@ class CacheLevels:
         under_way = self._under_way = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(WRITE_TIMEOUT):
+                # They have waited: what another process has purged meanwhile must not come back.
+                if self._heard(await second.get(_MARK)):
+                    return
                 await put_many(second, values, self._ttl + self._grace)
                 self.counts.writes += len(values)
         except (StoreUnavailable, TimeoutError) as error:
@@ -228,20 +233,25 @@ class CacheLevels:
     async def _look_for_marks(self) -> None:
         assert self._second is not None
         REQUEST_ID.set("")  # it works for all, whoever was the first
-        first = True
         while True:
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     mark = await self._second.get(_MARK)
             except (StoreUnavailable, TimeoutError):
                 mark = None
-            if mark is not None and mark != self._mark:
-                self._mark = mark
-                if not first:
-                    self._purged()
-                self._memory.clear()
-            first = False
+            self._heard(mark)
             await asyncio.sleep(LOOK)
+
+    def _heard(self, mark: bytes | None) -> bool:
+        """Whether others have purged since the last look."""
+        first, self._looked = not self._looked, True
+        if mark is None or mark == self._mark:
+            return False
+        self._mark = mark
+        if not first:
+            self._purged()
+        self._memory.clear()
+        return not first
 
 
 def _packed(expires_at: float, tags: CacheTags, value: bytes) -> bytes:

@@ -44,6 +44,7 @@ class RedisLimits:
         self._script = Path(__file__).with_name("limits.lua").read_bytes()
         self._hash = hashlib.sha1(self._script, usedforsecurity=False).hexdigest()
         self._errors = (exceptions.RedisError, OSError, TimeoutError)
+        self._not_allowed = exceptions.NoPermissionError
         self._ready = False
         self._turn = 0
         """How many times the script had run when it last answered: a Redis that has run it less often has forgotten something."""
@@ -83,7 +84,11 @@ class RedisLimits:
                 await self._connection.send_command("SCRIPT", "LOAD", self._script)
                 await self._connection.read_response()
                 await self._connection.send_command("INFO", "server")
-                self._run = _run_of(await self._connection.read_response())
+                try:
+                    self._run = _run_of(await self._connection.read_response())
+                except self._not_allowed:
+                    # INFO is one of the "dangerous" commands; without it the turn alone tells what was forgotten.
+                    self._run = ""
             self._ready = True
         except self._errors as error:
             await self._drop()

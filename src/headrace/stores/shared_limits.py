@@ -370,7 +370,11 @@ class SharedLimits:
             except StoreUnavailable:
                 continue
             if self._kept is not None:
-                self._kept.clear()
+                try:
+                    self._kept.clear()
+                except OSError as error:
+                    # Telling it again does no harm; staying away for good would.
+                    self._log.warning("what was owed to the limits can't be removed", reason=str(error))
             self._before, self._known = self._before | self._known, {}
             while len(self._before) > KNOWN:
                 del self._before[next(iter(self._before))]

@@ -8,7 +8,8 @@ final. The subset construction is the usual one (Rabin and Scott, 1959), done la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Protocol, TypeVar
 
 from headrace.policies.filters.syntax import Assertion, AssertionKind, Atom, Choice, Node, Repeat
@@ -37,6 +38,11 @@ class Position(Protocol):
     @property
     def hold(self) -> int:
         """How many characters ago the oldest match began that is still under way; 0 if none is."""
+        ...
+
+    @property
+    def threads(self) -> Sized:
+        """Matches under way: what it takes to remember this."""
         ...
 
     def __getitem__(self, character_class: Any, /) -> Position: ...
@@ -158,6 +164,8 @@ class Alphabet:
         self.signatures: list[tuple[int, frozenset[int]]] = []
         """By class: the character's `bits` and the atoms that it belongs to."""
         self._by_signature: dict[tuple[int, frozenset[int]], int] = {}
+        self._adding = threading.Lock()
+        """Long prompts are read in threads; two classes of one number would stay so for good."""
         self.classes = Classes(self._class_of)
 
     def atom(self, source: str) -> int:
@@ -170,10 +178,11 @@ class Alphabet:
 
     def _class_of(self, character: str) -> int:
         signature = (bits(character), frozenset(atom for atom, test in enumerate(self._tests) if test(character)))
-        found = self._by_signature.get(signature)
-        if found is None:
-            found = self._by_signature[signature] = len(self.signatures)
-            self.signatures.append(signature)
+        with self._adding:
+            found = self._by_signature.get(signature)
+            if found is None:
+                self.signatures.append(signature)
+                found = self._by_signature[signature] = len(self.signatures) - 1
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import ClassVar
 
 from headrace.policies.filters.automaton import Classes, Hit
 
@@ -14,6 +15,8 @@ class WordState(dict[str, "WordState"]):
     """A node of the trie: the longest beginning of a word that the text ends with."""
 
     __slots__ = ("fallback", "hits", "hold")
+    threads: ClassVar[tuple[()]] = ()
+    """Nothing is remembered for a state: all of them are there from the beginning."""
 
     def __init__(self) -> None:
         self.fallback: WordState = self
