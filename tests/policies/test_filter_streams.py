@@ -6,6 +6,7 @@ import re
 import time
 from functools import cache
 from itertools import pairwise, product
+from random import Random
 
 import pytest
 from hypothesis import assume, given, settings
@@ -384,3 +385,20 @@ def test_states_are_forgotten_and_found_again(monkeypatch: pytest.MonkeyPatch) -
         sent, _ = stepwise(made, list(text))
         assert "".join(sent) == "Write to [gone], or call [gone]; the second is not the answer. "
     assert made.joint._kept <= 7
+
+
+def test_no_more_matches_under_way_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that forgets its states frees nothing as long as the joint states stand there."""
+    made = rules(deny_output_patterns=["x[a-z]{0,40}y"], filter_mask="[gone]")
+    monkeypatch.setattr(joint, "THREADS_KEPT", 500)
+    text = "".join(Random(1).choices("xa", k=400)) + "xy"
+
+    def remembered() -> int:
+        return sum(len(position.threads) for state in made.joint._states.values() for position in state.positions)
+
+    sent, _ = stepwise(made, list(text))
+    assert "".join(sent).endswith("[gone]")
+    assert remembered() <= 500 + 41
+    monkeypatch.setattr(joint, "THREADS_KEPT", 10**9)
+    stepwise(made, list(text))
+    assert remembered() > 2000, "the text has many states"

@@ -14,6 +14,7 @@ from headrace.stores.cache_memory import MemoryCache
 from headrace.stores.cache_open import open_cache
 from headrace.stores.cache_redis import RedisCache
 from headrace.stores.cache_sqlite import SqliteCache
+from headrace.stores.cache_together import AT_ONCE, put_many
 from headrace.types import CacheTags
 from real_servers import RedisServer
 
@@ -98,6 +99,62 @@ async def test_a_purge_reaches_other_processes_memory(kind: str, tmp_path: Path,
     assert one.recall(b"b") == b"2"
     await one.close()
     await two.close()
+
+
+async def test_what_waits_to_be_written_while_another_process_purges_is_not_written(tmp_path: Path) -> None:
+    one, two = process(tmp_path / "c.db"), process(tmp_path / "c.db")
+    await two.fetch(b"nothing")
+    await until(lambda: two._looked)
+    two.keep(b"k", b"value", ADA)
+    assert two._waiting
+    await one.purge(tenant="ada")
+    await until(lambda: two._writing is None)
+    assert two.counts.writes == 0
+    assert two.recall(b"k") is None
+    assert await two.fetch(b"k") is None
+    two.keep(b"k", b"another", ADA)
+    await written(two, 1)
+    await one.close()
+    await two.close()
+
+
+class _Slow:
+    """A cache of single values that notes how many are on their way."""
+
+    def __init__(self) -> None:
+        self.under_way = self.most = 0
+        self.put_there: list[bytes] = []
+
+    async def get(self, key: bytes) -> bytes | None:
+        return None
+
+    async def put(self, key: bytes, value: bytes, tags: CacheTags, ttl: float) -> None:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await asyncio.sleep(0)
+            if key == b"bad":
+                raise StoreUnavailable("away")
+            await asyncio.sleep(0)
+            self.put_there.append(key)
+        finally:
+            self.under_way -= 1
+
+    async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        return 0
+
+    async def close(self) -> None: ...
+
+
+async def test_single_values_go_a_few_at_a_time_and_none_arrives_after_a_failure() -> None:
+    slow = _Slow()
+    keys = [str(number).encode() for number in range(50)]
+    await put_many(slow, [(key, b"", ADA) for key in keys], 1)
+    assert sorted(slow.put_there) == sorted(keys)
+    assert slow.most == AT_ONCE
+    with pytest.raises(StoreUnavailable):
+        await put_many(slow, [(b"bad", b"", ADA), *((key, b"", ADA) for key in keys)], 1)
+    assert slow.under_way == 0
 
 
 @pytest.mark.alone

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 from msgspec import structs
 
-from headrace.claims import RECENT, Charge, Claim, Settle, Take, Taken
+from headrace.claims import RECENT, Ask, Charge, Claim, Renew, Reply, Settle, Settled, Take, Taken
 from headrace.errors import StoreUnavailable
 from headrace.stores.journal import Journal, files
 from headrace.stores.ledger_memory import MemoryLedger
+from headrace.stores.limit_table import LimitTable
 from headrace.stores.limits_open import settlement, spent_by
 from headrace.stores.limits_owed import OwedByTheDead
 from headrace.stores.limits_redis import RedisLimits
+from headrace.stores.shared_limits import SharedLimits
 from headrace.types import UsageRow
 
 pytestmark = pytest.mark.anyio
@@ -92,3 +97,72 @@ async def test_a_guess_that_nobody_lived_to_correct_is_corrected_once(redis_url:
         assert isinstance(taken, Taken)
         assert taken.rooms[0].spent == 3 * 13
     await place.close()
+
+
+class _Untold:
+    """Can't be removed."""
+
+    def add(self, ask: Ask) -> None: ...
+
+    def clear(self) -> None:
+        raise OSError("read-only file system")
+
+
+class _Flaky(LimitTable):
+    """A place that is away once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails = True
+
+    async def exchange(self, asks: Sequence[Ask]) -> list[Reply]:
+        if self.fails:
+            self.fails = False
+            raise StoreUnavailable("away")
+        return [self.answer(ask) for ask in asks]
+
+    async def tell(self, asks: Sequence[Ask]) -> None:
+        await self.exchange(asks)
+
+    async def reconnect(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def test_limits_are_shared_again_even_if_the_file_of_what_was_owed_stays() -> None:
+    limits = SharedLimits(_Flaky(), kept=_Untold())
+    claims = (Claim("key:a", budget=1000, period="total"),)
+    await limits.take(Take("one", claims, 1, 1, 1, 1, (0,)))
+    assert limits.away
+    async with asyncio.timeout(20):
+        while limits.away:
+            await asyncio.sleep(0.01)
+    assert isinstance(await limits.take(Take("two", claims, 1, 1, 1, 1, (0,))), Taken)
+    for id in ("one", "two"):
+        await limits.settle(id, 1)
+    await limits.close()
+
+
+async def test_redis_may_refuse_to_tell_of_itself() -> None:
+    """`INFO` isn't for users without "dangerous" commands."""
+    hung_up = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                parts = []
+                for _ in range(int((await reader.readuntil())[1:])):
+                    length = int((await reader.readuntil())[1:])
+                    parts.append((await reader.readexactly(length + 2))[:-2])
+                told = {b"INFO": b"-NOPERM this user has no permissions to run the 'info' command", b"EVALSHA": b"$14\r\n[1,[[5,null]]]"}
+                writer.write(told.get(parts[0].upper(), b"+OK") + b"\r\n")
+        writer.close()
+        await writer.wait_closed()
+        hung_up.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        place = RedisLimits(f"redis://127.0.0.1:{port}?protocol=2", timeout=5)
+        assert await place.exchange([Renew(())]) == [Settled()]
+        await place.close()
+        await hung_up.wait()
