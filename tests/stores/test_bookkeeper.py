@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.claims import Ask, Charge, Claim
 from headrace.errors import StoreUnavailable
 from headrace.stores import bookkeeper as module
 from headrace.stores.bookkeeper import Bookkeeper
@@ -16,6 +18,7 @@ from headrace.stores.database import Database
 from headrace.stores.journal import Journal, files, read
 from headrace.stores.ledger_memory import MemoryLedger
 from headrace.stores.ledger_sql import SqlLedger
+from headrace.stores.limits_owed import OWED, OwedFile
 from headrace.stores.recovery import Recovery
 from headrace.stores.slots import SharedSlots
 from headrace.types import Report, UsageQuery, UsageRow
@@ -351,6 +354,28 @@ async def test_recovery_settles_what_a_dead_process_left_and_only_then(ledger: L
     # Also of what was settled in the journal: the limits may not have heard of it.
     assert sorted((row.id, row.completion_tokens) for row in told) == [("journalled", 4), ("running", 11), ("waiting", 0)]
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_what_the_dead_had_kept_for_the_limits_is_handed_on_once_however_long_the_database_is_away(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    books, shared = await left_behind(ledger, tmp_path)
+    kept = OwedFile(tmp_path / books.writer / OWED)
+    ask = Charge("owed", (Claim("key:a"),), 1, 7, 5.0)
+    kept.add(ask)
+    books._slots.close()
+    shared.close()
+    recovery = Recovery(ledger, tmp_path)
+    handed: list[Ask] = []
+    recovery.owed = handed.extend
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            await recovery.settle(tmp_path / books.writer)
+    assert handed == [ask]
+    ledger.away = False
+    assert await recovery.settle(tmp_path / books.writer)
+    assert handed == [ask]
+    os.close(kept._descriptor)
 
 
 async def test_recovery_that_dies_half_way_is_done_again(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

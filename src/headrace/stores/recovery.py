@@ -110,6 +110,8 @@ class Recovery:
         try:
             if self.owed is not None and (owed := await asyncio.to_thread(read_owed, folder / OWED)):
                 self.owed(owed)
+                # At once: the rest may have to wait for the database, longer than Redis knows that it has heard of it.
+                await asyncio.to_thread((folder / OWED).unlink, missing_ok=True)
             if self.told is not None and (lately := await self._ledger.settled_rows(folder.name, time.time() - LATELY)):
                 self.told(lately)
             journal = files(folder)
