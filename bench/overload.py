@@ -27,19 +27,20 @@ def run(
     factor: float = 10.0,
     words: int = 60,
     max_tokens: int = 32,
-    first_rate: float = 4.0,
-    step: float = 1.5,
-    seconds: int = 8,
-    overload_seconds: int = 20,
+    first_rate: float = 8.0,
+    step: float = 1.25,
+    seconds: int = 16,
+    overload_seconds: int = 16,
     rounds: int = 1,
 ) -> Findings:
-    """`first_rate`: requests a second at which the search for the peak begins; each is `step` times the one before, for `seconds`."""
+    """`first_rate`: requests a second at which the search for the peak begins; each is `step` times the one before, for `seconds`: as long
+    as the overload, or a queue that only fills up would count as goodput."""
     ratios, peaks, goods, refusals, recoveries, shares = [], [], [], [], [], []
     with headrace(model) as server:
         _ask(server, 2.0, 2.0, words, max_tokens, 0)  # warms up, and is thrown away
         for number in range(rounds):
             rate, peak = _peak(server, first_rate, step, seconds, words, max_tokens, 1000 * (number + 1))
-            loaded, after = _overload(server, rate, factor, overload_seconds, seconds + 5, words, max_tokens, 100_000 * (number + 1))
+            loaded, after = _overload(server, rate, factor, overload_seconds, 13, words, max_tokens, 100_000 * (number + 1))
             good = sum(map(is_good, loaded)) / overload_seconds
             refused = [sample.seconds * 1000 for sample in loaded if sample.error is not None and sample.error.startswith("http ")]
             peaks.append(peak)
