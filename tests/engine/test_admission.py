@@ -320,6 +320,18 @@ def known_pace(slowness: float = 1) -> Pace:
     return pace
 
 
+def test_those_who_have_gone_wait_for_no_room() -> None:
+    engine = OverloadedEngine()
+    engine.run(steady(150, 0, 1.2), 1.2)
+    assert len(engine.held) > 1
+    for entry in [entry for entry in engine.admission._waiting.values() if entry.held]:
+        entry.evict()
+    assert engine.admission.waits
+    engine.admission._flooded = True  # nobody is let go while the engine has anything waiting
+    engine.held.release()
+    assert not len(engine.held)
+
+
 def test_who_waits_too_long_is_put_out_with_the_reason() -> None:
     engine = OverloadedEngine()
     engine.run(steady(150, 0, 1.2), 1.2)

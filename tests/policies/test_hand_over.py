@@ -124,6 +124,7 @@ async def test_batches_go_straight_to_all_who_wait() -> None:
         reader.task.cancel()
     await asyncio.wait([reader.task for reader in readers])
     assert source.closed == 1
+    assert [reader.listener._take for reader in readers] == [None] * 3  # it knows the listener
 
 
 async def test_who_cant_take_it_reads_it_later_and_in_order() -> None:

@@ -48,7 +48,11 @@ class HeldBack:
     def release(self) -> None:
         """Let as many go as may."""
         admission = self._admission
-        while len(self._line) and admission.has_room(self._line.first().entry):
+        while len(self._line):
+            first = self._line.first()
+            # Those who have gone need no room: while there is none, they would pile up with their prompts, in the way of others.
+            if not first.gone and not admission.has_room(first.entry):
+                break
             held = self._line.take()
             if not held.gone:
                 admission.released(held.entry)

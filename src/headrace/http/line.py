@@ -65,7 +65,8 @@ class Line:
         """`told` is called when the client hangs up, at once if it has done so. The request's body must have been read."""
         flow = self._cycle.flow
         flow.resume_reading()
-        if self._cycle.disconnected:
+        if self._cycle.disconnected or self._cycle.transport.is_closing():
+            self._cycle.disconnected = True
             told()
         else:
             self._told = told
@@ -78,5 +79,7 @@ class Line:
 
     def lost(self) -> None:
         self.open = False
+        # uvicorn tells only the last request that came; others may be in line behind this one.
+        self._cycle.disconnected = True
         if self._told is not None:
             self._told()

@@ -169,12 +169,13 @@ class Streamed(Generic[Given]):
         if waited < self._keep_alive:
             return self._keep_alive - waited
         if not self._writing:
-            self._ping = asyncio.get_running_loop().create_future()
+            ping = self._ping = asyncio.get_running_loop().create_future()
             try:
                 await self._start()
                 await self._send_body({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             finally:
-                self._ping.set_result(None)
                 self._ping = None
+                if not ping.done():  # a hang-up cancels it with the task that waits for it
+                    ping.set_result(None)
         self._last = time.monotonic()
         return self._keep_alive

@@ -228,6 +228,7 @@ class Listener:
 
     async def aclose(self) -> None:
         """Leave. If that ends the generation, the engine knows when this returns. Idempotent."""
+        self._take = None  # it knows this listener: a cycle, which only the garbage collector would find
         if self._timer is not None:
             self._timer.cancel()
         cancelled = self.generation.leave(self)
