@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from hashlib import sha256
 
 from headrace.config import Config
-from headrace.policies.admit import Admit
+from headrace.policies.admit import Admit, TurnAway
 from headrace.policies.ask_engine import AskEngine
 from headrace.policies.authorize import Authorize
 from headrace.policies.cache import ResponseCache
@@ -69,6 +69,8 @@ class Journey:
         steps += filter_steps(config.filters, models=models)
         prepare = Prepare(models, config.server)
         attempt: list[Step] = [Authorize(models), prepare]
+        if resilience.degrade_queue is None:
+            attempt.insert(1, TurnAway(models))
         cache = None
         if answers is not None:
             filters = sha256(config.filters.model_dump_json().encode()).digest()

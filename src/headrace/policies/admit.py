@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from headrace.errors import HeadraceError
+from headrace.policies.cache import wanted
 from headrace.served import ServedModels
-from headrace.types import Call, GenerateRequest
+from headrace.types import Call
 from headrace.unwinding import before
 from headrace.waiting import Bounds, Newcomer, Queue, is_full, no_room, place, who_gives_way
 
@@ -29,23 +30,52 @@ class Admit:
     """Raises `NotAdmitted` and `QueueShareFull`."""
 
     def __init__(self, models: ServedModels) -> None:
-        self._models = models
-        # Asked once: whether something is of a protocol takes Python longer than all the rest of this step.
-        self._telling = {model.files.name: model.engine for model in models if isinstance(model.engine, TellsCrowd)}
+        self._crowds = Crowds(models)
 
     @before
     async def __call__(self, call: Call) -> None:
-        if call.source is None and call.request is not None:
-            engine = self._telling.get(self._models.find(call.served_model).files.name)
-            if engine is not None and (crowd := engine.crowd()) is not None:
-                refusal = foreseen(*crowd, call.request)
-                if refusal is not None:
-                    raise refusal
+        if call.source is None and call.request is not None and (crowd := self._crowds.of(call.served_model)) is not None:
+            refusal = foreseen(*crowd, Newcomer.of(call.request))
+            if refusal is not None:
+                raise refusal
 
 
-def foreseen(queue: Queue, bounds: Bounds, request: GenerateRequest) -> HeadraceError | None:
+class TurnAway:
+    """Refuses, before a prompt is read, what would be refused however short it was: reading prompts is much of what refusals cost, and
+    under overload most answers are refusals. What the cache may have an answer for is let through; `Admit` comes after it.
+
+    Raises `NotAdmitted` and `QueueShareFull`.
+    """
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+        self._crowds = Crowds(models)
+
+    @before
+    async def __call__(self, call: Call) -> None:
+        crowd = self._crowds.of(self._models.find(call.model).files.name)
+        if crowd is not None and wanted(call) != "all":
+            refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, tokens=1, sequences=call.sampling.n))
+            if refusal is not None:
+                raise refusal
+
+
+class Crowds:
+    """What the engines of models said of their queues."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+        # Asked once: whether something is of a protocol takes Python longer than all the rest of these steps.
+        self._telling = {model.files.name: model.engine for model in models if isinstance(model.engine, TellsCrowd)}
+
+    def of(self, name: str) -> tuple[Queue, Bounds] | None:
+        """The queue of the model of that name, if it is crowded."""
+        engine = self._telling.get(self._models.find(name).files.name)
+        return None if engine is None else engine.crowd()
+
+
+def foreseen(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError | None:
     """Why the worker would refuse the request, if so; where it might put out another for it, it is asked."""
-    newcomer = Newcomer.of(request)
     found = place(queue, bounds, newcomer)
     if isinstance(found, HeadraceError):
         return found
