@@ -135,7 +135,22 @@ def test_what_a_step_with_prompts_costs_before_its_tokens_isnt_taken_for_a_price
         for _ in range(3):
             step(16, False)
         step(16 + min(512, pace.room(RELAXED, 16)), True)
+    pace.saved = 0.0
     assert 90 <= pace.room(RELAXED, 16) <= 110
+
+
+def test_short_steps_make_room_for_a_long_one_and_long_ones_for_none() -> None:
+    pace = Pace()
+    for tokens in (200, 60, 1, 200, 60, 16, 1):
+        pace.note(tokens, 0.02 + tokens * 0.0005, prompts=tokens > 20)
+    for _ in range(10):
+        pace.note(16, 0.028)
+    long = pace.room(RELAXED, 16)
+    assert 700 <= long <= 900
+    assert pace.room(BRISK, 16) <= 70, "others wait for the end of the step"
+    for _ in range(5):
+        pace.note(360, 0.2, prompts=True)
+    assert 250 <= pace.room(RELAXED, 16) <= 350
 
 
 def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> None:

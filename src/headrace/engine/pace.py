@@ -17,11 +17,13 @@ class Haste(NamedTuple):
     seconds: float
     fixed_shares: int
     """A step is worth at least so many times what it costs before its first token: a large model's steps can't be short."""
+    spends: bool
+    """Whether it may last longer by what the steps before it have saved."""
 
 
-RELAXED = Haste(0.18, 5)
+RELAXED = Haste(0.18, 5, True)
 """While one tenant has the engine to itself: long chunks waste least, and those who read along get five tokens a second at least."""
-BRISK = Haste(0.05, 2)
+BRISK = Haste(0.05, 2, False)
 """The same while several tenants share the engine, or did so recently."""
 MEMORY = 60.0
 """Seconds for which the engine remembers that several tenants shared it."""
@@ -30,6 +32,9 @@ LEAST_PREFILL = 16
 so that the batch of a tenant with many requests stops growing where its decodes alone fill a step."""
 EXPRESS_PREFILL = 128
 """Prompt tokens that a step always has room for when no decodes wait for its end."""
+STEADY, MOST_SAVED = 0.12, 0.25
+"""Seconds below which a step saves what it is short of, and the most that is saved. Who reads along gets a steady pace on average,
+and a wave of prompts after many short steps is done in few long ones."""
 _KEEP = 0.98
 
 
@@ -43,9 +48,12 @@ class Pace:
         together with steady decodes that looks like a price of tokens, and the smaller the chunks were cut for it, the higher it looked."""
         self.per_token = 0.0
         self.fixed = 0.0
+        self.saved = 0.0
+        """Seconds that the last steps took less than `STEADY`."""
 
     def note(self, tokens: int, seconds: float, *, prompts: bool = False) -> None:
         """Learn from a step that has been; `prompts` if any were in it."""
+        self.saved = min(MOST_SAVED, max(0.0, self.saved + STEADY - seconds))
         if self._all.weight > 5:
             # A machine that stalled for a moment says nothing about the next step.
             seconds = min(seconds, 3 * self.seconds(tokens) + 0.005)
@@ -66,7 +74,7 @@ class Pace:
         if self._prompts.slope > 0:
             each, fixed = self._prompts.slope, self._prompts.intercept
         # A step that is worth its while spends half of its time on tokens at least.
-        seconds = max(haste.seconds, haste.fixed_shares * self.fixed, 2 * fixed)
+        seconds = max(haste.seconds + haste.spends * self.saved, haste.fixed_shares * self.fixed, 2 * fixed)
         return max(0, math.floor((seconds - fixed) / each) - beside)
 
 
