@@ -48,12 +48,11 @@ class TurnAway:
     """
 
     def __init__(self, models: ServedModels) -> None:
-        self._models = models
         self._crowds = Crowds(models)
 
     @before
     async def __call__(self, call: Call) -> None:
-        crowd = self._crowds.of(self._models.find(call.model).files.name)
+        crowd = self._crowds.of(call.model)
         if crowd is not None and wanted(call) != "all":
             refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, tokens=1, sequences=call.sampling.n))
             if refusal is not None:
@@ -68,8 +67,8 @@ class Crowds:
         # Asked once: whether something is of a protocol takes Python longer than all the rest of these steps.
         self._telling = {model.files.name: model.engine for model in models if isinstance(model.engine, TellsCrowd)}
 
-    def of(self, name: str) -> tuple[Queue, Bounds] | None:
-        """The queue of the model of that name, if it is crowded."""
+    def of(self, name: str | None) -> tuple[Queue, Bounds] | None:
+        """The queue of the model of that name, None for the default one, if it is crowded."""
         engine = self._telling.get(self._models.find(name).files.name)
         return None if engine is None else engine.crowd()
 
