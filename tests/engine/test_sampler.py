@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 
 from headrace.engine.candidates import UNDECIDED, Filters, draw, invert
-from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows
+from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows, take_best
 from headrace.errors import InvalidParameter, RequestFailed
 from headrace.types import Sampling
 
@@ -355,3 +355,16 @@ def test_scores_of_given_tokens() -> None:
     logits[1, 0] = np.nan
     with np.errstate(all="ignore"), pytest.raises(RequestFailed):
         score_rows(FakeResult(logits), [1], [2], 0)
+
+
+def test_the_best_alone_are_those_that_greedy_samplers_draw() -> None:
+    rng = np.random.default_rng(5)
+    result = FakeResult(rng.normal(size=(4, V)).astype(np.float32))
+    samplers = [sampler(temperature=0.0) for _ in range(4)]
+    drawn = [picked.token for picked in sample_rows(result, samplers) if isinstance(picked, Picked)]
+    assert [picked.token for picked in take_best(result) if isinstance(picked, Picked)] == drawn
+    assert [picked.token for picked in take_best(result, [2, 0, 2]) if isinstance(picked, Picked)] == [drawn[2], drawn[0], drawn[2]]
+    result.top_logits[1] = np.nan
+    sound = take_best(result)
+    assert isinstance(sound[1], RequestFailed)
+    assert [picked.token for picked in (sound[0], *sound[2:]) if isinstance(picked, Picked)] == [drawn[0], *drawn[2:]]

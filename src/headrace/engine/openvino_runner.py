@@ -206,8 +206,8 @@ class OpenVinoRunner:
             request.get_output_tensor(_TOP_IDS).data.copy(),
             request.get_output_tensor(_TOP_LOGITS).data.copy(),
             request.get_output_tensor(_LOGSUMEXP).data.copy(),
-            # A view: reading a row copies that row alone, and a step whose rows nobody reads pays nothing.
-            request.get_output_tensor(_LOGITS).data,
+            # Looked at when a row is read: that copies the row alone, and a step whose rows nobody reads pays nothing.
+            None,
             self,
         )
 
@@ -243,7 +243,7 @@ class OpenVinoResult:
         top_ids: NDArray[np.int64],
         top_logits: NDArray[np.float32],
         logsumexp: NDArray[np.float32],
-        logits: NDArray[np.float32],
+        logits: NDArray[np.float32] | None,
         runner: OpenVinoRunner | None,
     ) -> None:
         self.top_ids = top_ids
@@ -257,12 +257,18 @@ class OpenVinoResult:
         """[vocabulary] all logits of a row; a fresh copy. Raises `RuntimeError` once the runner went on."""
         if self._runner is not None and self._runner._steps != self._step:
             raise RuntimeError("A step's logits were read after the next step.")
-        logits: NDArray[np.float32] = self._logits[row].copy()
+        logits: NDArray[np.float32] = self._all_logits()[row].copy()
         return logits
+
+    def _all_logits(self) -> NDArray[np.float32]:
+        if self._logits is None:
+            assert self._runner is not None
+            self._logits = self._runner._request.get_output_tensor(_LOGITS).data
+        return self._logits
 
     def settled(self) -> OpenVinoResult:
         """The same with its logits copied, to outlive the next step."""
-        return OpenVinoResult(self.top_ids, self.top_logits, self.logsumexp, self._logits.copy(), None)
+        return OpenVinoResult(self.top_ids, self.top_logits, self.logsumexp, self._all_logits().copy(), None)
 
 
 def _joined(results: list[OpenVinoResult]) -> OpenVinoResult:
@@ -270,6 +276,6 @@ def _joined(results: list[OpenVinoResult]) -> OpenVinoResult:
         np.concatenate([result.top_ids for result in results]),
         np.concatenate([result.top_logits for result in results]),
         np.concatenate([result.logsumexp for result in results]),
-        np.concatenate([result._logits for result in results]),
+        np.concatenate([result._all_logits() for result in results]),
         None,
     )

@@ -30,6 +30,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 BAN = -100.0
 """A logit_bias at or below this bans its token."""
+_UNSOUND = "The model's output is not a distribution (it has NaN or infinite logits)."
 
 
 class Picked(NamedTuple):
@@ -188,14 +189,13 @@ def sample_rows(
         tokens = ids[np.arange(len(where)), places].tolist()
         logprobs = (logits[np.arange(len(where)), places] - logsumexp).tolist()
     else:
-        # The usual step of a lone greedy user: each call of numpy counts there.
         tokens, logprobs = ids[:, 0].tolist(), (logits[:, 0] - logsumexp).tolist()
     picks: list[Picked | Exception] = []
     for number, sampler in enumerate(samplers):
         row, wanted = where[number], sampler.logprobs
         try:
             if not sound[number]:
-                picks.append(RequestFailed("The model's output is not a distribution (it has NaN or infinite logits)."))
+                picks.append(RequestFailed(_UNSOUND))
             elif plain[number] and places[number] != UNDECIDED:
                 picks.append(Picked(tokens[number], logprobs[number], _top(result, row, wanted) if wanted else ()))
             else:
@@ -206,6 +206,18 @@ def sample_rows(
     return picks
 
 
+def take_best(result: ForwardResult, rows: Sequence[int] | None = None) -> list[Picked | Exception]:
+    """The likeliest token of each of `rows`, or of all, for samplers that want nothing else: their logprobs are left at 0. A
+    `RequestFailed` stands for a row that is no distribution."""
+    ids, logits = result.top_ids[:, 0], result.top_logits[:, 0]
+    if rows is not None:
+        ids, logits = ids[rows], logits[rows]
+    sound = np.isfinite(logits)
+    if sound.all():
+        return [Picked(token, 0.0, ()) for token in ids.tolist()]
+    return [Picked(token, 0.0, ()) if fine else RequestFailed(_UNSOUND) for token, fine in zip(ids.tolist(), sound.tolist(), strict=True)]
+
+
 def score_rows(result: ForwardResult, rows: Sequence[int], targets: Sequence[int], k: int) -> list[Picked]:
     """Of each row the logprob of a token that is given, and the `k` likeliest. Raises `RequestFailed` on NaN logits."""
     where = list(rows)
@@ -213,7 +225,7 @@ def score_rows(result: ForwardResult, rows: Sequence[int], targets: Sequence[int
         return []
     ids, logits, logsumexp = result.top_ids[where], result.top_logits[where], result.logsumexp[where]
     if not np.isfinite(logsumexp).all():
-        raise RequestFailed("The model's output is not a distribution (it has NaN or infinite logits).")
+        raise RequestFailed(_UNSOUND)
     found = ids == np.array(targets, np.int64)[:, None]
     among, place = found.any(axis=1).tolist(), found.argmax(axis=1)
     logprobs = (logits[np.arange(len(where)), place] - logsumexp).tolist()

@@ -21,7 +21,7 @@ from headrace.engine.draw import Draw
 from headrace.engine.lookup import LEAST, WIDTHS, Lookup
 from headrace.engine.pace import Pace
 from headrace.engine.pulse import Pulse
-from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows
+from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows, take_best
 from headrace.engine.scheduler import Chunk, Scheduler
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.errors import DeadlineExceeded, EngineDied, HeadraceError, RequestFailed
@@ -255,7 +255,12 @@ class Stepper:
             batch.best_only = draw.best_only
             self.pulse.begin(self._pace.seconds(len(batch.input_ids)))
             result = self._runner.forward(batch)
-            picks = sample_rows(result, draw.samplers, draw.rows, draw.ahead) if draw.samplers else []
+            if not draw.samplers:
+                picks: list[Picked | Exception] = []
+            elif batch.best_only:
+                picks = take_best(result, draw.rows)
+            else:
+                picks = sample_rows(result, draw.samplers, draw.rows, draw.ahead)
             scores = [(chunk, self._score(chunk, result, row)) for chunk, row in draw.scored]
         except Exception as error:  # noqa: BLE001  what the model can't compute must only end the request at fault
             refused = error
