@@ -41,8 +41,8 @@ class Admit:
 
 
 class TurnAway:
-    """Refuses, before a prompt is read, what would be refused however short it was: reading prompts is much of what refusals cost, and
-    under overload most answers are refusals. What the cache may have an answer for is let through; `Admit` comes after it.
+    """Refuses, before a prompt is read, what will be refused with as many tokens as it has at least: reading prompts is much of what
+    refusals cost, and under overload most answers are refusals. What the cache may have an answer for is let through.
 
     Raises `NotAdmitted` and `QueueShareFull`.
     """
@@ -54,9 +54,17 @@ class TurnAway:
     async def __call__(self, call: Call) -> None:
         crowd = self._crowds.of(call.model)
         if crowd is not None and wanted(call) != "all":
-            refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, tokens=1, sequences=call.sampling.n))
+            refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, _least_tokens(call), call.sampling.n))
             if refusal is not None:
                 raise refusal
+
+
+def _least_tokens(call: Call) -> int:
+    """Of the prompt. Tokenizers rarely make fewer of a text than a quarter of its characters; who is refused for that was at the limit."""
+    if call.tokens is not None:
+        return len(call.tokens)
+    size = len(call.text or "") + sum(len(message.content) for message in call.messages or ())
+    return max(1, size // 4)
 
 
 class Crowds:
