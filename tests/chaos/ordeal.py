@@ -234,8 +234,10 @@ class Ordeal:
         if left:
             yield f"processes are left: {left}"
         journal = self._folder / "data" / "journal"
-        if journal.exists() and any(journal.iterdir()):
-            yield f"the journal isn't empty: {[path.name for path in journal.iterdir()]}"
+        # A name with a dot is a folder that a process was just making when it ended: nobody has written to it.
+        kept = [path.name for path in journal.glob("[!.]*")]
+        if kept:
+            yield f"the journal isn't empty: {kept}"
         open_rows = [row for row in rows(self._database.url) if row.settled_at is None]
         if open_rows:
             yield f"{len(open_rows)} bills are open after the server's end"

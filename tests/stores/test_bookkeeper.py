@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,12 @@ async def test_recovery_that_dies_half_way_is_done_again(ledger: Ledger, tmp_pat
 async def test_rows_are_the_same_after_a_round_through_the_journal() -> None:
     whole = row("a", key="k", finish="stop", price=2**62, settled_at=3.5, queue_ms=0.1, writer="w", currency="€")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(whole), type=UsageRow) == whole
+
+
+async def test_a_folder_whose_making_was_cut_off_is_removed_when_nobody_can_be_at_it(ledger: Ledger, tmp_path: Path) -> None:
+    for name, age in ((".old", 7200.0), (".new", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "slots").touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    await Recovery(ledger, tmp_path).once(5)
+    assert [path.name for path in tmp_path.iterdir()] == [".new"]

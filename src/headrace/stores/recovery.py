@@ -29,6 +29,8 @@ RETRY = 0.2
 SOON = 10
 AWAY = 2.0
 """Seconds until a database that is away is tried again."""
+STALE = 3600.0
+"""Seconds after which nobody is still making a folder."""
 LATELY = 60.0
 """Seconds: what the dead had settled by then they had surely told the limits, or kept for them."""
 
@@ -89,11 +91,19 @@ class Recovery:
             try:
                 for folder in sorted(self._folder.glob("[!.]*/")):
                     await self.settle(folder)
+                self._sweep()
             except (StoreUnavailable, TimeoutError, OSError) as error:
                 self._log.warning("bills of dead processes wait", reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
                 return
+
+    def _sweep(self) -> None:
+        """Remove what processes left that died while they were making their folder: nothing was written there yet."""
+        for making in self._folder.glob(".*/"):
+            with contextlib.suppress(OSError):
+                if time.time() - making.stat().st_mtime > STALE:
+                    shutil.rmtree(making)
 
     async def settle(self, folder: Path) -> bool:
         """Settle what the API process of that folder left, and remove it. False while it lives, or a worker counts for it.
