@@ -45,7 +45,7 @@ quick: check
 	$(FAST)
 
 test: check
-	$(FAST)
+	$(BIN)/pytest -q -m "not slow and not gpu and not alone"
 	$(BIN)/pytest -m "slow or gpu or alone"
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
