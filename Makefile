@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.headrace
-# The fast tests are independent of each other. Those that start servers, load the model or hold a clock against something have the machine to themselves.
-FAST   := $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not alone"
+# Those that start servers, load the model or hold a clock against something want the machine to themselves; the others are independent.
+FAST   := not slow and not gpu and not alone
 
 .PHONY: serve test test-convert test-vllm quick check bench clean
 .DEFAULT_GOAL := help
@@ -42,11 +42,11 @@ check: $(STAMP)-test
 	$(BIN)/pytest -q tests/test_floors.py
 
 quick: check
-	$(FAST)
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
 test: check
-	$(BIN)/pytest -q -m "not slow and not gpu and not alone"
-	$(BIN)/pytest -m "slow or gpu or alone"
+	$(BIN)/pytest -q -m "$(FAST)"
+	$(BIN)/pytest -m "not ($(FAST))"
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
 test-convert: $(STAMP)-test

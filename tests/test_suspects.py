@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headrace.engine.echo import EchoEngine
-from headrace.engine.step_notes import NotedSteps, begin_notes, digest, notes_path, read_last_step
+from headrace.engine.step_notes import LastStep, NotedSteps, begin_notes, digest, notes_path, read_last_step
 from headrace.engine.suspects import Turns
 from headrace.engines import MAX_SUBMISSIONS, EngineClient
 from headrace.errors import EngineUnavailable, HeadraceError, RequestQuarantined
@@ -206,6 +206,17 @@ async def test_a_long_prompt_that_gets_further_each_time_is_never_blamed(further
         worker.listening.close()
 
 
+async def another_life(worker: Worker, pid: int) -> tuple[LastStep, NotedSteps]:
+    """A new engine that has been given something: what was noted by then, and where more is noted."""
+    engine = Resuming()
+    notes = NotedSteps(notes_path(worker.path, pid))
+    await worker.live(engine, pid=pid, notes=notes)
+    await until(lambda: getattr(engine, "seen", 0))
+    last = read_last_step(notes_path(worker.path, pid))
+    assert last is not None
+    return last, notes
+
+
 async def test_kills_from_outside_do_not_hit_the_same_suspect_again_and_again() -> None:
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(Path(folder))
@@ -215,12 +226,7 @@ async def test_kills_from_outside_do_not_hit_the_same_suspect_again_and_again() 
         client.connect()
         alone = []
         for pid in range(2, 6):
-            engine = Resuming()
-            notes = NotedSteps(notes_path(worker.path, pid))
-            await worker.live(engine, pid=pid, notes=notes)
-            await until(lambda engine=engine: getattr(engine, "seen", 0))
-            last = read_last_step(notes_path(worker.path, pid))
-            assert last is not None
+            last, notes = await another_life(worker, pid)
             lone = [name for name in names if last.alone(name)]
             notes.step(lone or names)
             alone += lone
@@ -262,12 +268,7 @@ async def test_a_death_that_nobody_noted_makes_a_suspect_in_the_end() -> None:
         client.connect()
         alone = []
         for pid in range(2, 9):
-            engine = Resuming()
-            notes = NotedSteps(notes_path(worker.path, pid))
-            await worker.live(engine, pid=pid, notes=notes)
-            await until(lambda engine=engine: getattr(engine, "seen", 0))
-            last = read_last_step(notes_path(worker.path, pid))
-            assert last is not None
+            last, _ = await another_life(worker, pid)
             alone.append(last.alone("early"))
             worker.server._turns.notes = None  # type: ignore[union-attr]
             await worker.die()

@@ -171,6 +171,13 @@ class _Stream:
             elif type(event) is PromptScores:
                 self.scored = True
 
+    def was_seen(self, events: list[Event]) -> None:
+        """Its reader has them, if it is on a bill."""
+        if self.slot is not None and self.slot >= 0:
+            for event in events:
+                if type(event) is Delta:
+                    self.seen += len(event.tokens)
+
     def whole(self, report: Report) -> Report:
         """The last worker's report with what was before: the time until it got the request, and what it can't know."""
         before = (self.submitted_at - self.asked_at) * 1e3
@@ -264,8 +271,7 @@ def _read(stream: _Stream) -> list[Event]:
     else:
         stream.pending = []
     stream.home._was_read(stream)
-    if stream.slot is not None and stream.slot >= 0:
-        stream.seen += sum([len(event.tokens) for event in batch if type(event) is Delta])
+    stream.was_seen(batch)
     return batch
 
 
@@ -880,10 +886,7 @@ def _handed_over(stream: _Stream, take: TakesBatch, events: list[Event]) -> bool
     """Whether they were taken at once, of a stream whose reader waits for them."""
     if not take(events):
         return False
-    if stream.slot is not None and stream.slot >= 0:
-        for event in events:
-            if type(event) is Delta:
-                stream.seen += len(event.tokens)
+    stream.was_seen(events)
     return True
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from hashlib import sha256
 
 from headrace.config import Config
-from headrace.policies.admit import Admit, TurnAway
+from headrace.policies.admit import Admit, Crowds, TurnAway
 from headrace.policies.ask_engine import AskEngine
 from headrace.policies.authorize import Authorize
 from headrace.policies.cache import ResponseCache
@@ -68,9 +68,11 @@ class Journey:
             steps.append(LimitRequests(claimants, limits))
         steps += filter_steps(config.filters, models=models)
         prepare = Prepare(models, config.server)
-        attempt: list[Step] = [Authorize(models), prepare]
+        crowds = Crowds(models)
+        attempt: list[Step] = [Authorize(models)]
         if resilience.degrade_queue is None:
-            attempt.insert(1, TurnAway(models))
+            attempt.append(TurnAway(crowds))
+        attempt.append(prepare)
         cache = None
         if answers is not None:
             filters = sha256(config.filters.model_dump_json().encode()).digest()
@@ -78,7 +80,7 @@ class Journey:
             attempt.append(cache)
         if resilience.degrade_queue is not None:
             attempt.append(Degrade(models, resilience, prepare))
-        attempt.append(Admit(models))
+        attempt.append(Admit(crowds))
         if limits is not None:
             attempt.append(Reserve(claimants, limits))
         if books is not None:

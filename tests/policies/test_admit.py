@@ -4,7 +4,7 @@ import pytest
 from flaky_engines import FlakyEngine, Gateway, asked, served
 
 from headrace.errors import HeadraceError, WaitTooLong
-from headrace.policies.admit import Admit, TurnAway
+from headrace.policies.admit import Admit, Crowds, TurnAway
 from headrace.types import PATIENT, Call, Sampling
 from headrace.waiting import BURST, Bounds, Line, Queue, rank_of
 
@@ -32,7 +32,8 @@ def gateway() -> tuple[Gateway, CrowdedEngine]:
     engine = CrowdedEngine("large")
     made = Gateway(served("large", engine))
     authorize, *rest = made.journey._attempt_steps
-    made.journey._attempt_steps = (TurnAway(made.models), authorize, *rest[:-1], Admit(made.models), rest[-1])
+    crowds = Crowds(made.models)
+    made.journey._attempt_steps = (TurnAway(crowds), authorize, *rest[:-1], Admit(crowds), rest[-1])
     return made, engine
 
 

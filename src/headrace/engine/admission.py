@@ -219,13 +219,13 @@ class Admission:
             length = entry.generated / entry.sequences
             if not cut:
                 share = length / max(1, entry.most)
-                self._share += _LATEST * (share - self._share) if self._share else share
+                self._share = _averaged(self._share, share)
             if not cut or length > self._length:
                 # What was cut would have been longer.
-                self._length += _LATEST * (length - self._length) if self._length else length
+                self._length = _averaged(self._length, length)
             if length > 1:
                 gap = (now - entry.first_at) / (length - 1)
-                self._gap += _LATEST * (gap - self._gap) if self._gap else gap
+                self._gap = _averaged(self._gap, gap)
 
     def put_out(self, entry: Entry, why: HeadraceError) -> bool:
         """End a request that waits; False if it doesn't wait any more."""
@@ -384,3 +384,8 @@ class Admission:
         """Seconds that may be predicted for a request which counts as prompt; 0 where there is no target."""
         share = AIM * (self._foretold + PRIOR) / (self._waited + PRIOR)
         return self._target * min(MOST_SHARE, max(LEAST_SHARE, share))
+
+
+def _averaged(mean: float, latest: float) -> float:
+    """The average with one more in it; 0 is one of nothing."""
+    return mean + _LATEST * (latest - mean) if mean else latest

@@ -29,8 +29,8 @@ class TellsCrowd(Protocol):
 class Admit:
     """Raises `NotAdmitted` and `QueueShareFull`."""
 
-    def __init__(self, models: ServedModels) -> None:
-        self._crowds = Crowds(models)
+    def __init__(self, crowds: Crowds) -> None:
+        self._crowds = crowds
 
     @before
     async def __call__(self, call: Call) -> None:
@@ -47,8 +47,8 @@ class TurnAway:
     Raises `NotAdmitted` and `QueueShareFull`.
     """
 
-    def __init__(self, models: ServedModels) -> None:
-        self._crowds = Crowds(models)
+    def __init__(self, crowds: Crowds) -> None:
+        self._crowds = crowds
 
     @before
     async def __call__(self, call: Call) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -13,8 +13,8 @@ import msgspec
 from headrace.config import ResilienceSection
 from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, NotAdmitted, Overloaded, UpstreamError
 from headrace.policies.circuit import Circuit
+from headrace.policies.relay import Relay
 from headrace.policies.retry import RetryBudget, may_help, pause
-from headrace.ports import TakesBatch, hands_over
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Event, GenerateRequest, Outcome
 
@@ -63,7 +63,7 @@ class AskEngine:
                 call.retried += (name,) * asking.retries
 
 
-class Asking:
+class Asking(Relay):
     """The engine's event batches for one call. Asked when it is first read; after the first batch each read is the engine's own."""
 
     __slots__ = (
@@ -76,9 +76,7 @@ class Asking:
         "_first_token",
         "_impatient",
         "_model",
-        "_next",
         "_request",
-        "_source",
         "retries",
     )
 
@@ -97,23 +95,8 @@ class Asking:
         """Seconds to the first batch; 0 until it is there."""
         self.retries = 0
         """Times that the engine was asked again."""
-        self._source: AsyncIterator[list[Event]] | None = None
-        self._next: Callable[[], Awaitable[list[Event]]] = self._first
-
-    def __aiter__(self) -> Asking:
-        return self
-
-    def __anext__(self) -> Awaitable[list[Event]]:
-        return self._next()
-
-    def hand_to(self, take: TakesBatch) -> None:
-        """`ports.HandsOver`, once the first batch was read."""
-        if hands_over(self._source):
-            self._source.hand_to(take)
-
-    def stop(self, error: Exception | None = None) -> None:
-        if hands_over(self._source):
-            self._source.stop(error)
+        self._source = None
+        self._next = self._first
 
     async def aclose(self) -> None:
         """Hang up. Idempotent."""

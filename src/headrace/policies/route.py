@@ -14,7 +14,7 @@ from headrace.errors import DeadlineExceeded, HeadraceError, NotAdmitted, QueueS
 from headrace.policies.ask_engine import FALLBACK_HEADER, MODEL_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.degrade import names_token_ids
-from headrace.ports import TakesBatch, hands_over
+from headrace.policies.relay import Relay
 from headrace.served import ServedModel, ServedModels
 from headrace.types import Call, Delta, Event, GenerateRequest, Outcome, Report
 from headrace.unwinding import Unwinding
@@ -136,32 +136,18 @@ class _Start:
         call.outcome = Outcome()
 
 
-class Begun:
+class Begun(Relay):
     """A source whose first batch is here already."""
 
-    __slots__ = ("_first", "_next", "_source")
+    __slots__ = ("_first",)
 
     def __init__(self, first: list[Event], source: AsyncIterator[list[Event]]) -> None:
         self._first = first
         self._source = source
-        self._next: Callable[[], Awaitable[list[Event]]] = self._again
-
-    def __aiter__(self) -> Begun:
-        return self
-
-    def __anext__(self) -> Awaitable[list[Event]]:
-        return self._next()
-
-    def hand_to(self, take: TakesBatch) -> None:
-        """`ports.HandsOver`, where the source is."""
-        if hands_over(self._source):
-            self._source.hand_to(take)
-
-    def stop(self, error: Exception | None = None) -> None:
-        if hands_over(self._source):
-            self._source.stop(error)
+        self._next = self._again
 
     async def _again(self) -> list[Event]:
+        assert self._source is not None
         self._next = self._source.__anext__
         return self._first
 
