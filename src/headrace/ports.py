@@ -173,7 +173,7 @@ class ForwardBatch:
     subsequence_begins: NDArray[np.int32]
     """[S+1] where each sequence's tokens begin in `input_ids`."""
     block_indices: NDArray[np.int32]
-    """Physical blocks of all sequences, concatenated."""
+    """Physical blocks of all sequences, concatenated. A sequence may have more than its tokens need, where the runner `Rewinds`."""
     block_indices_begins: NDArray[np.int32]
     """[S+1]"""
     max_context_len: int

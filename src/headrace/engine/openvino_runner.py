@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from headrace.engine.batch_parts import check_indices, part
 from headrace.engine.kv_budget import block_count, resident_memory
 from headrace.engine.paged_graph import CACHES, CANDIDATES_INPUT, ROWS_INPUT, STEP_INPUTS, page
+from headrace.engine.populate import Populate
 from headrace.errors import ModelError, RequestFailed
 from headrace.ports import ForwardBatch
 
@@ -75,6 +77,7 @@ class OpenVinoRunner:
         self._fed: dict[str, NDArray[Any]] = {}
         """What the request reads each of them from."""
         self._caches: list[NDArray[np.uint8]] = []
+        self._populate: Populate | None = None
         self._steps = 0
         self.meanwhile: Callable[[], None] | None = None
 
@@ -140,14 +143,18 @@ class OpenVinoRunner:
                 kept_bytes=resident_memory() if self._beside_another else 0,
             )
         for port, shape, size in zip(caches, shapes, sizes, strict=True):
-            # Zeroes from the system: no block holds what another process or a former sequence left, and pages that are
-            # never written take no memory.
+            # Zeroes from the system: no block holds what another process or a former sequence left, and pages far from those
+            # in use take no memory.
             memory = np.zeros(self._num_blocks * size + _ALIGNMENT, np.uint8)
             start = -memory.ctypes.data % _ALIGNMENT
             memory = memory[start : start + self._num_blocks * size]
             tensor = ov.Tensor(memory, ov.Shape([self._num_blocks, *shape]), port.get_element_type())
             self._request.set_tensor(port.get_any_name(), tensor)
             self._caches.append(memory.reshape(self._num_blocks, size))
+        regions = [(memory.ctypes.data, size) for memory, size in zip(self._caches, sizes, strict=True)]
+        self._populate = Populate(regions, self._num_blocks)
+        weakref.finalize(self, self._populate.close)
+        self._populate.start()
 
     @property
     def block_size(self) -> int:
@@ -185,6 +192,8 @@ class OpenVinoRunner:
     def _run(self, batch: ForwardBatch) -> OpenVinoResult:
         check_indices(batch, vocab_size=self._vocab_size, num_blocks=self._num_blocks)
         self._steps += 1
+        if self._populate is not None and batch.block_indices.size:
+            self._populate.reach(int(batch.block_indices.max()))
         request = self._request
         try:
             self._feed("input_ids", batch.input_ids)

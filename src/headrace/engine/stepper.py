@@ -24,6 +24,7 @@ from headrace.engine.pulse import Pulse
 from headrace.engine.sampler import Picked, SequenceSampler, sample_rows, score_rows, take_best
 from headrace.engine.scheduler import Chunk, Scheduler
 from headrace.engine.sequence import Job, Sequence, State
+from headrace.engine.steady_rows import SteadyRows
 from headrace.errors import DeadlineExceeded, EngineDied, HeadraceError, RequestFailed
 from headrace.ports import Deliver, ForwardBatch, ForwardResult, Rewinds, Runner, StepNotes, Tokenizer
 from headrace.types import Delta, EngineStats, Event, GenerateRequest, PromptScores, Report, TokenLogprob
@@ -63,7 +64,10 @@ class Stepper:
         self._words = TokenWords(tokenizer)
         self._clock = clock
         self._pace = pace or Pace()
-        self._guessing = prompt_lookup and not deterministic and isinstance(runner, Rewinds) and runner.rewinds
+        self._tries_out = not deterministic and isinstance(runner, Rewinds) and runner.rewinds
+        """Whether a token may be computed that isn't known to be the next."""
+        self._guessing = prompt_lookup and self._tries_out
+        self._rows = SteadyRows()
         self._step_tokens = step_tokens
         self._scheduler = Scheduler(
             BlockPool(runner.num_blocks, caching=prefix_cache and not deterministic),
@@ -241,6 +245,10 @@ class Stepper:
         """Run the model over a batch, and over ever smaller parts of it where it refuses."""
         scheduler = self._scheduler
         guesses = self._guess(decodes, chunks) if self._guessing else None
+        kept = 0
+        if guesses is None and not chunks and self._tries_out:
+            kept = self._rows.missing(len(decodes))
+            guesses = self._keep_rows(decodes, kept) if kept else None
         if guesses is None and not chunks and decodes is scheduler.decoding:
             batch = self._decodes.batch(decodes, scheduler.version, scheduler.tables_version)
         else:
@@ -266,8 +274,13 @@ class Stepper:
             refused = error
         if refused is not None:
             self._decodes.forget()
+            self._rows.forget()
             self._divide(decodes, chunks, refused)
             return
+        if chunks:
+            self._rows.forget()
+        else:
+            self._rows.computed(len(batch.input_ids), kept=kept if guesses is not None else 0)
         block_size = scheduler.block_size
         for sequence in decodes:
             self._one_more(sequence, block_size)
@@ -289,7 +302,6 @@ class Stepper:
         width = 0 if chunks else WIDTHS.get(len(decodes), 0)
         if not width or len(decodes) * (1 + width) > self._step_tokens:
             return None
-        block_size = self._scheduler.block_size
         guesses: Guesses = []
         foreseen = 0.0
         for sequence in decodes:
@@ -297,11 +309,10 @@ class Stepper:
             if completion is None or completion.sampler.needs_full:
                 guesses.append([])
                 continue
-            # The last token that is still wanted needs no guess, and guesses take no new blocks.
-            most = min(sequence.job.limit - sequence.length - 1, sequence.blocks.count * block_size - sequence.length, width)
+            most = self._ahead(sequence, width)
             if sequence.lookup is None:
                 sequence.lookup = Lookup(sequence.tokens[: sequence.length].tolist())
-            guess = sequence.lookup.guess(max(0, most))
+            guess = sequence.lookup.guess(most)
             foreseen += sequence.lookup.share
             # Anything will do to keep the step's shape: it is verified like the rest.
             guesses.append(guess + [int(sequence.tokens[sequence.length - 1])] * (most - len(guess)))
@@ -309,6 +320,31 @@ class Stepper:
         if not guessed or foreseen < LEAST * len(decodes):
             return None
         self._guessed_tokens += guessed
+        return guesses
+
+    def _ahead(self, sequence: Sequence, most: int) -> int:
+        """How many tokens after its next one can be tried out for a sequence, `most` at most."""
+        block_size, pool = self._scheduler.block_size, self._scheduler.pool
+        room = sequence.blocks.count * block_size - sequence.length
+        if room < most and sequence.job.limit > sequence.length + room and pool.available > self._scheduler.running:
+            # It will need the block in a moment, if nothing else ends it.
+            sequence.blocks.append(pool.take())
+            self._scheduler.tables_version += 1
+            room += block_size
+        return max(0, min(room, self.context_length - sequence.length - 1, most))
+
+    def _keep_rows(self, decodes: list[Sequence], kept: int) -> Guesses | None:
+        """Anything to be tried out in `kept` further rows; None where there is no room for it."""
+        guesses: Guesses = []
+        for sequence in decodes:
+            some = 0
+            if kept and sequence.completion is not None and not sequence.completion.sampler.needs_full:
+                some = self._ahead(sequence, kept)
+                kept -= some
+            guesses.append([int(sequence.tokens[sequence.length - 1])] * some)
+        if kept:
+            return None
+        self._guessed_tokens += sum(map(len, guesses))
         return guesses
 
     def _take_while_right(self, draw: Draw, picks: list[Picked | Exception], guesses: list[int | None], ahead: list[int]) -> None:
