@@ -205,8 +205,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("quick")
     file = folder / "settings.toml"
     file.write_text("max_batch = 2\n")
-    with RunningServer(folder, environment={"HEADRACE_CONFIG": str(file)}) as server:
-        yield server
+    # As under nohup: what is sent on purpose still has its meaning.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with RunningServer(folder, environment={"HEADRACE_CONFIG": str(file)}) as server:
+            yield server
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_web_page_reloads_nothing(quick: RunningServer) -> None:

@@ -271,8 +271,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
-            loop.add_signal_handler(signal.SIGHUP, self._on_hangup, _has_terminal())
+        # Under nohup a window that is closed stops nothing; what is sent on purpose still has its meaning.
+        survives = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, _has_terminal() and not survives)
 
     def _on_signal(self) -> None:
         self._signals += 1
