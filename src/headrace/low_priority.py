@@ -25,7 +25,7 @@ def give_way() -> Callable[[], None]:
     if _may_return_to(before):
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, before + NICENESS)
-            undo.append(lambda: _all_threads(before))
+            undo.append(lambda: _all_threads(before, gave_way=before + NICENESS))
     # Where sessions are grouped, niceness counts only within a group; a child's session is a group of its own.
     with contextlib.suppress(OSError, ValueError, IndexError):
         nice = int(_AUTOGROUP.read_text().rpartition(" ")[2])
@@ -54,12 +54,14 @@ def _may_return_to(niceness: int) -> bool:
     return bool(capabilities >> _CAP_SYS_NICE & 1)
 
 
-def _all_threads(niceness: int) -> None:
+def _all_threads(niceness: int, *, gave_way: int) -> None:
+    """Those that gave way with the process; one that lowered itself further stays there."""
     # Two rounds: a thread may be started while the first goes on, by one that is still to come.
     for _ in range(2):
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+                if os.getpriority(os.PRIO_PROCESS, int(thread.name)) == gave_way:
+                    os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def _regroup(niceness: int) -> None:

@@ -34,7 +34,6 @@ class Populate:
         self._ahead = max(1, ahead // sum(size for _, size in regions))
         self._wanted = 0
         self._done = 0
-        self._highest = -1
         self._wake = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="populate", daemon=True)
@@ -52,13 +51,11 @@ class Populate:
 
     def reach(self, block: int) -> None:
         """`block` is written to; called from the thread of the steps, at no cost."""
-        if block > self._highest:
-            self._highest = block
-            wanted = min(block + 1 + self._ahead, self._num_blocks)
-            # Not for every block: each time a sixteenth of what is to be ready.
-            if wanted - self._wanted > self._ahead // 16 or self._wanted < wanted == self._num_blocks:
-                self._wanted = wanted
-                self._wake.set()
+        wanted = min(block + 1 + self._ahead, self._num_blocks)
+        # Not for every block: each time a sixteenth of what is to be ready.
+        if wanted - self._wanted > self._ahead // 16 or self._wanted < wanted == self._num_blocks:
+            self._wanted = wanted
+            self._wake.set()
 
     def close(self) -> None:
         """End the thread, before the memory goes."""

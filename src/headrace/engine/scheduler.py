@@ -147,8 +147,12 @@ class Scheduler:
             while sequence.state == State.DECODE and not self.pool.available:
                 self.preempt(self._victim())
             if sequence.state == State.DECODE:
-                sequence.blocks.append(self.pool.take())
-                self.tables_version += 1
+                self.lengthen(sequence)
+
+    def lengthen(self, sequence: Sequence) -> None:
+        """Give a sequence that decodes one more block. Raises `LookupError` where none is available."""
+        sequence.blocks.append(self.pool.take())
+        self.tables_version += 1
 
     def _victim(self) -> Sequence:
         """The latest-arrived sequence of the most-served tenant that has something in the batch."""

@@ -280,7 +280,7 @@ class Stepper:
         if chunks:
             self._rows.forget()
         else:
-            self._rows.computed(len(batch.input_ids), kept=kept if guesses is not None else 0)
+            self._rows.computed(len(batch.input_ids), kept=kept)
         block_size = scheduler.block_size
         for sequence in decodes:
             self._one_more(sequence, block_size)
@@ -305,8 +305,7 @@ class Stepper:
         guesses: Guesses = []
         foreseen = 0.0
         for sequence in decodes:
-            completion = sequence.completion
-            if completion is None or completion.sampler.needs_full:
+            if not _can_go_ahead(sequence):
                 guesses.append([])
                 continue
             most = self._ahead(sequence, width)
@@ -314,8 +313,7 @@ class Stepper:
                 sequence.lookup = Lookup(sequence.tokens[: sequence.length].tolist())
             guess = sequence.lookup.guess(most)
             foreseen += sequence.lookup.share
-            # Anything will do to keep the step's shape: it is verified like the rest.
-            guesses.append(guess + [int(sequence.tokens[sequence.length - 1])] * (most - len(guess)))
+            guesses.append(guess + _anything(sequence, most - len(guess)))
         guessed = sum(map(len, guesses))
         if not guessed or foreseen < LEAST * len(decodes):
             return None
@@ -324,24 +322,21 @@ class Stepper:
 
     def _ahead(self, sequence: Sequence, most: int) -> int:
         """How many tokens after its next one can be tried out for a sequence, `most` at most."""
-        block_size, pool = self._scheduler.block_size, self._scheduler.pool
-        room = sequence.blocks.count * block_size - sequence.length
-        if room < most and sequence.job.limit > sequence.length + room and pool.available > self._scheduler.running:
+        scheduler = self._scheduler
+        room = sequence.blocks.count * scheduler.block_size - sequence.length
+        if room < most and sequence.job.limit > sequence.length + room and scheduler.pool.available > scheduler.running:
             # It will need the block in a moment, if nothing else ends it.
-            sequence.blocks.append(pool.take())
-            self._scheduler.tables_version += 1
-            room += block_size
+            scheduler.lengthen(sequence)
+            room += scheduler.block_size
         return max(0, min(room, self.context_length - sequence.length - 1, most))
 
     def _keep_rows(self, decodes: list[Sequence], kept: int) -> Guesses | None:
         """Anything to be tried out in `kept` further rows; None where there is no room for it."""
         guesses: Guesses = []
         for sequence in decodes:
-            some = 0
-            if kept and sequence.completion is not None and not sequence.completion.sampler.needs_full:
-                some = self._ahead(sequence, kept)
-                kept -= some
-            guesses.append([int(sequence.tokens[sequence.length - 1])] * some)
+            some = self._ahead(sequence, kept) if kept and _can_go_ahead(sequence) else 0
+            kept -= some
+            guesses.append(_anything(sequence, some))
         if kept:
             return None
         self._guessed_tokens += sum(map(len, guesses))
@@ -502,6 +497,16 @@ class Stepper:
         job.ended = True
         del self._jobs[job.id]
         self._scheduler.retire(job.sequences)
+
+
+def _can_go_ahead(sequence: Sequence) -> bool:
+    """Whether tokens can be drawn for a sequence before the one in front of them is taken in."""
+    return sequence.completion is not None and not sequence.completion.sampler.needs_full
+
+
+def _anything(sequence: Sequence, count: int) -> list[int]:
+    """Will do to keep a step's shape: it is verified like any guess."""
+    return [int(sequence.tokens[sequence.length - 1])] * count
 
 
 def _failure(error: Exception | Picked, what: str) -> HeadraceError:
