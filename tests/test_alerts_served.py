@@ -39,18 +39,19 @@ class Receiver:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 status = receiver.status
+                # Kept before it is answered: the next one comes after the answer, to another thread.
+                if status != 200 or self.path != "/hook?token=of-the-receiver":
+                    receiver.refused += 1
+                else:
+                    expected = hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest()
+                    assert self.headers["X-Headrace-Signature"] == f"sha256={expected}"
+                    assert self.headers["Content-Type"] == "application/json"
+                    receiver.taken.append(json.loads(body))
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
-                if status != 200 or self.path != "/hook?token=of-the-receiver":
-                    receiver.refused += 1
-                    return
-                expected = hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest()
-                assert self.headers["X-Headrace-Signature"] == f"sha256={expected}"
-                assert self.headers["Content-Type"] == "application/json"
-                receiver.taken.append(json.loads(body))
 
             def log_message(self, format: str, *args: object) -> None:
                 """Nothing to say."""

@@ -74,13 +74,14 @@ def test_200_at_once_admit_exactly_the_limit(running: RunningServer) -> None:
     assert {answer.status_code for answer in answers} == {200, 429}
     admitted = sum(answer.status_code == 200 for answer in answers)
     longest = max(answer.elapsed.total_seconds() for answer in answers)
-    # One refills in three seconds.
     assert 20 <= admitted <= 21 + 200 * longest / 3
     assert admitted <= 30
+    # One refills in three seconds, unless Redis was too slow for a moment on a busy machine: then what was admitted apart is owed first.
+    wait = 63 if running.events("limits are kept apart") else 3
     for answer in answers:
         assert answer.headers["x-ratelimit-limit-requests"] == "20"
         if answer.status_code == 429:
-            assert 1 <= int(answer.headers["retry-after"]) <= 3
+            assert 1 <= int(answer.headers["retry-after"]) <= wait
             assert answer.json()["error"]["code"] == "rate_limited"
 
 
