@@ -16,7 +16,8 @@ from headrace.address import listen_privately
 from headrace.engine.echo import EchoEngine
 from headrace.engine.frames import Submit
 from headrace.engine.serving import EngineServer
-from headrace.engines import MAX_SUBMISSIONS, EngineClient
+from headrace.engine_streams import MAX_SUBMISSIONS
+from headrace.engines import EngineClient
 from headrace.errors import BadRequest, ContextLengthExceeded, DeadlineExceeded, EngineDied, EngineUnavailable, RequestFailed
 from headrace.models.tokenizer import load_tokenizer
 from headrace.ports import Deliver, Engine

@@ -16,7 +16,8 @@ import pytest
 from headrace.engine.echo import EchoEngine
 from headrace.engine.step_notes import LastStep, NotedSteps, begin_notes, digest, notes_path, read_last_step
 from headrace.engine.suspects import Turns
-from headrace.engines import MAX_SUBMISSIONS, EngineClient
+from headrace.engine_streams import MAX_SUBMISSIONS
+from headrace.engines import EngineClient
 from headrace.errors import EngineUnavailable, HeadraceError, RequestQuarantined
 from headrace.quarantine import Quarantine, fingerprint
 from headrace.types import Delta, Event, GenerateRequest, Report, Resume, Sampling

@@ -15,7 +15,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import msgspec
 import structlog
@@ -36,20 +35,19 @@ from headrace.engine.frames import (
     Submit,
 )
 from headrace.engine.step_notes import LastStep, notes_path, read_last_step
+from headrace.engine_streams import MAX_SUBMISSIONS, EngineStream, Reading
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, ModelNotLoaded, revive
-from headrace.ports import Meters, TakesBatch
+from headrace.ports import Meters
 from headrace.quarantine import Quarantine, convicted, fingerprint
-from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, PromptScores, Report, Resume
+from headrace.types import EngineCard, EngineStats, GenerateRequest, Report, Resume
 from headrace.waiting import Bounds, Queue
 
 CROWD_FRESH = 0.25
 """Seconds for which a worker's word on its crowded queue counts."""
 HELD = 16 * 1024
-"""Bytes of a stream's events, by `_weight`, that wait for whoever reads them before it is found to be slow."""
+"""Bytes of a stream's events that wait for whoever reads them before it is found to be slow."""
 HELD_WITHOUT_REST = 64 * 1024
 """Likewise, before a stream is ended that an engine can't let rest."""
-PORTION = 4 * 1024
-"""Bytes of a stream's events, likewise, that a slow reader gets at once."""
 SLOW = 0.02
 """Seconds in which a reader that is only busy has read."""
 GRACE = 1.0
@@ -58,221 +56,6 @@ ADRIFT = 0.02
 """Seconds between looks at whether a worker that was lost still counts."""
 IDLE = 0.2
 """Seconds without requests after which that is said; less often than every pause between two of them."""
-MAX_SUBMISSIONS = 3
-"""A request that saw this many workers die without getting on may be the reason, whatever was noted of their last steps: a suspect. Of
-engines that nothing is noted of, it is ended."""
-LONE_DEATHS = 2
-"""Workers in a row that died while a suspect had them to itself, upon which it is convicted. One may have been killed by somebody else."""
-
-
-class _Stream:
-    """A request of this API process, from `generate` to its end."""
-
-    __slots__ = (
-        "asked_at",
-        "began",
-        "behind_since",
-        "cached",
-        "deadline",
-        "done",
-        "ended",
-        "error",
-        "fruitless",
-        "generated",
-        "got_on",
-        "handle",
-        "held",
-        "home",
-        "lone_deaths",
-        "model",
-        "pending",
-        "reached",
-        "request",
-        "rest",
-        "scored",
-        "seen",
-        "slot",
-        "stopped",
-        "submissions",
-        "submitted_at",
-        "suspect",
-        "take",
-        "timer",
-        "waiter",
-    )
-
-    def __init__(self, request: GenerateRequest, home: EngineClient, now: float, patience: float) -> None:
-        self.request = request
-        self.home = home
-        """The client that has it; another one's where its worker died and a replica went on with it."""
-        self.handle = next(home.handles)
-        self.deadline = now + (patience if request.timeout is None else request.timeout)
-        self.pending: list[Event] = []
-        """Arrived and not read."""
-        self.held = 0
-        """Their weight, as far as they came while others were waiting to be read."""
-        self.behind_since = 0.0
-        """When there were first too many of them; 0 is not."""
-        self.rest: Literal["no", "coming", "now"] = "no"
-        """Whether it waits for its reader: `coming` until its worker has let go of it."""
-        self.began = False
-        """True once a worker has sent anything for it."""
-        self.generated: tuple[list[int], ...] = tuple([[] for _ in range(request.sampling.n)])
-        """The tokens of each choice that have arrived: what another worker goes on from."""
-        self.ended: set[int] = set()
-        """Choices."""
-        self.scored = False
-        """The prompt's scores have arrived."""
-        self.got_on = False
-        """The worker at hand has sent something for it."""
-        self.fruitless = 0
-        """Workers in a row that died without having sent anything for it."""
-        self.lone_deaths = 0
-        """Of these workers, those that it had to itself and that got no further with it than the one before."""
-        self.reached: int | None = None
-        """Tokens of it that would have been computed after the step that the last of them died of."""
-        self.suspect = False
-        """A worker may have died of it: the next one runs it alone."""
-        self.model = ""
-        """Fingerprint of the engine that has begun it."""
-        self.cached = 0
-        """Tokens of its prompt that the first worker had cached."""
-        self.submissions = 0
-        self.asked_at = 0.0
-        """When it was first submitted."""
-        self.submitted_at = 0.0
-        self.seen = 0
-        """Tokens that were read, of a request that is counted."""
-        self.slot: int | None = None
-        """Where it is counted, from the first submission to the last engine's end; -1 for a request that is on no bill."""
-        self.done = False
-        self.error: Exception | None = None
-        self.take: TakesBatch | None = None
-        """Asked first while the reader waits."""
-        self.stopped = False
-        """`take` wants no more of it."""
-        self.waiter: asyncio.Future[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def tokens(self) -> int:
-        """That have arrived, over all choices."""
-        return sum(map(len, self.generated))
-
-    def take_note(self, events: list[Event]) -> None:
-        """Remember what has arrived."""
-        self.began = self.got_on = True
-        generated = self.generated
-        for event in events:
-            if type(event) is Delta:
-                generated[event.choice].extend(event.tokens)
-                if event.finish is not None:
-                    self.ended.add(event.choice)
-            elif type(event) is PromptScores:
-                self.scored = True
-
-    def was_seen(self, events: list[Event]) -> None:
-        """Its reader has them, if it is on a bill."""
-        if self.slot is not None and self.slot >= 0:
-            for event in events:
-                if type(event) is Delta:
-                    self.seen += len(event.tokens)
-
-    def whole(self, report: Report) -> Report:
-        """The last worker's report with what was before: the time until it got the request, and what it can't know."""
-        before = (self.submitted_at - self.asked_at) * 1e3
-        began = self.model != ""
-        return msgspec.structs.replace(
-            report,
-            cached_tokens=self.cached if began else report.cached_tokens,
-            queue_ms=report.queue_ms + (0.0 if began else before),
-            decode_ms=report.decode_ms + (before if began else 0.0),
-        )
-
-    def wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None:
-            self.waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def fail(self, error: HeadraceError) -> None:
-        if not self.done and self.error is None:
-            self.error = error
-            self.wake()
-
-
-class Reading:
-    """Event batches of one request. `ports.HandsOver`, too."""
-
-    __slots__ = ("_client", "_over", "_request", "_stream")
-
-    def __init__(self, client: EngineClient, request: GenerateRequest) -> None:
-        self._client = client
-        self._request = request
-        self._stream: _Stream | None = None
-        self._over = False
-
-    def __aiter__(self) -> Reading:
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        if self._over:
-            raise StopAsyncIteration
-        stream = self._stream
-        try:
-            if stream is None:
-                stream = self._stream = self._client._open(self._request)
-            while True:
-                if stream.pending:
-                    return _read(stream)
-                if stream.done:
-                    raise StopAsyncIteration
-                if stream.error is not None:
-                    raise stream.error
-                stream.waiter = asyncio.get_running_loop().create_future()
-                await stream.waiter
-                if stream.stopped:
-                    raise stream.error or StopAsyncIteration
-        except BaseException:
-            self._close()
-            raise
-
-    def hand_to(self, take: TakesBatch) -> None:
-        if self._stream is not None:
-            self._stream.take = take
-
-    def stop(self, error: Exception | None = None) -> None:
-        stream = self._stream
-        if stream is not None:
-            stream.take = None
-            stream.stopped = True
-            stream.error = error
-            stream.wake()
-
-    async def aclose(self) -> None:
-        """Hang up. Idempotent."""
-        self._close()
-
-    def _close(self) -> None:
-        if not self._over:
-            self._over = True
-            if self._stream is not None:
-                self._stream.take = None
-                self._stream.home._forget(self._stream)
-
-
-def _read(stream: _Stream) -> list[Event]:
-    """What has arrived, or as much of it as a slow reader gets at once."""
-    batch = stream.pending
-    if stream.held:
-        batch = _portion(batch)
-        stream.pending = stream.pending[len(batch) :]
-    else:
-        stream.pending = []
-    stream.home._was_read(stream)
-    stream.was_seen(batch)
-    return batch
 
 
 class EngineClient:
@@ -317,14 +100,14 @@ class EngineClient:
         self.quarantined = Quarantine()
         self.resumed = 0
         """Requests that went on after a worker's death, each as often as it did."""
-        self._left: dict[int, _Stream] = {}
+        self._left: dict[int, EngineStream] = {}
         """Cancelled, and the worker has not said yet that it is done with them."""
         self._adrift: set[asyncio.Task[None]] = set()
         self._worker_pid = 0
-        self.handles = itertools.count(1)
-        self._submitted: dict[int, _Stream] = {}
-        self._waiting: dict[int, _Stream] = {}
-        self._resting: set[_Stream] = set()
+        self._handles = itertools.count(1)
+        self._submitted: dict[int, EngineStream] = {}
+        self._waiting: dict[int, EngineStream] = {}
+        self._resting: set[EngineStream] = set()
         """They wait for their readers, and no worker has them."""
         self._connection: FrameConnection[FromWorker] | None = None
         """Set from a worker's hello to the end of its connection."""
@@ -443,13 +226,15 @@ class EngineClient:
         """
         return Reading(self, request)
 
-    def _open(self, request: GenerateRequest) -> _Stream:
+    def open(self, request: GenerateRequest) -> EngineStream:
+        """Begin with a request; who reads its events does, by `generate`."""
         refusal = self._closed or self._unavailable or self.quarantined.refusal(request)
         if refusal is not None:
             raise refusal
         loop = asyncio.get_running_loop()
-        stream = _Stream(request, self, loop.time(), self._patience)
-        stream.timer = loop.call_at(stream.deadline, _at_deadline, stream)
+        deadline = loop.time() + (self._patience if request.timeout is None else request.timeout)
+        stream = EngineStream(request, self, next(self._handles), deadline)
+        stream.timer = loop.call_at(deadline, stream.time_out)
         self._waiting[stream.handle] = stream
         connection = self._open_connection
         if self._on_wanted is not None and (connection is None or not self._in_use):
@@ -459,7 +244,7 @@ class EngineClient:
             try:
                 self._submit(stream, connection)
             except BaseException:
-                self._forget(stream)
+                self.forget(stream)
                 raise
         return stream
 
@@ -468,7 +253,7 @@ class EngineClient:
         """To the worker, if it may be given requests."""
         return None if self._paused is not None else self._connection
 
-    def _submit(self, stream: _Stream, connection: FrameConnection[FromWorker], waited: bool = False) -> None:
+    def _submit(self, stream: EngineStream, connection: FrameConnection[FromWorker], waited: bool = False) -> None:
         request = stream.request
         now = asyncio.get_running_loop().time()
         if waited and request.timeout is not None:
@@ -495,7 +280,7 @@ class EngineClient:
         del self._waiting[stream.handle]
         self._submitted[stream.handle] = stream
 
-    def _resumed(self, stream: _Stream, request: GenerateRequest) -> GenerateRequest:
+    def _resumed(self, stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
         """The request as it goes on. Raises `EngineDied` where this worker can't do that."""
         assert self._card is not None
         if "resume" not in self._card.capabilities or self._card.fingerprint != stream.model:
@@ -504,7 +289,8 @@ class EngineClient:
         said = tuple(tuple(tokens) for tokens in stream.generated)
         return msgspec.structs.replace(request, resume=Resume(said, tuple(stream.ended), stream.scored))
 
-    def _forget(self, stream: _Stream) -> None:
+    def forget(self, stream: EngineStream) -> None:
+        """Its reader wants no more of it, or has all."""
         if stream.timer is not None:
             stream.timer.cancel()
         if stream in self._resting:
@@ -531,13 +317,13 @@ class EngineClient:
             self._in_use = False
             self._on_idle()
 
-    def _counted(self, stream: _Stream, report: Report | None, *, cut: bool = False) -> None:
+    def _counted(self, stream: EngineStream, report: Report | None, *, cut: bool = False) -> None:
         """No engine counts for the request any more."""
         slot, stream.slot = stream.slot, None
         if self._meters is not None and slot is not None and slot >= 0:
             self._meters.ended(stream.request.id, report, stream.seen if cut else None)
 
-    async def _await_counts(self, streams: list[_Stream], pid: int) -> None:
+    async def _await_counts(self, streams: list[EngineStream], pid: int) -> None:
         """After a lost connection: a worker that lives has cancelled these, and counts until that takes hold."""
         assert self._meters is not None
         for stream in streams:
@@ -545,7 +331,8 @@ class EngineClient:
                 await asyncio.sleep(ADRIFT)
             self._counted(stream, None, cut=True)
 
-    def _at_deadline(self, stream: _Stream) -> None:
+    def at_deadline(self, stream: EngineStream) -> None:
+        """Its time is over; where its worker has it, that gets a moment to say so itself."""
         if stream.handle in self._waiting:
             if self.not_loaded:
                 stream.fail(ModelNotLoaded(f"The model isn't in memory: {self.not_loaded}.", retry_after=5))
@@ -560,20 +347,19 @@ class EngineClient:
         elif stream.handle in self._submitted and stream.request.timeout is not None:
             loop = asyncio.get_running_loop()
             if loop.time() < stream.deadline + GRACE:
-                stream.timer = loop.call_at(stream.deadline + GRACE, _at_deadline, stream)
+                stream.timer = loop.call_at(stream.deadline + GRACE, stream.time_out)
             else:
                 stream.fail(DeadlineExceeded(f"The request took longer than its {stream.request.timeout:g} s."))
 
     # Readers that are slow
 
-    def _is_behind(self, stream: _Stream, connection: FrameConnection[FromWorker]) -> None:
+    def _is_behind(self, stream: EngineStream, connection: FrameConnection[FromWorker]) -> None:
         """More waits than is held for anybody: unless the reader was only busy, let the stream rest, out of the engine's way."""
         assert self._card is not None
         now = asyncio.get_running_loop().time()
-        stream.pending = _merged(stream.pending)
-        stream.held = sum(map(_weight, stream.pending))
+        stream.merge()
         stream.behind_since = stream.behind_since or now
-        if stream.rest != "no" or now - stream.behind_since < SLOW or len(stream.ended) == len(stream.generated):
+        if stream.rest != "no" or now - stream.behind_since < SLOW or stream.all_said:
             return
         if "resume" in self._card.capabilities:
             stream.rest = "coming"
@@ -581,10 +367,10 @@ class EngineClient:
         elif stream.held > HELD_WITHOUT_REST:
             stream.fail(EngineUnavailable("The answer was not read fast enough, and this engine can't wait."))
 
-    def _rests(self, stream: _Stream, report: Report | None) -> None:
+    def _rests(self, stream: EngineStream, report: Report | None) -> None:
         """The worker has let go of it, and made no more than has arrived, or nobody has seen."""
         assert self._card is not None
-        if len(stream.ended) == len(stream.generated):
+        if stream.all_said:
             self._complete(stream)
             return
         stream.rest = "now"
@@ -594,9 +380,9 @@ class EngineClient:
         if self._meters is not None:
             self._meters.restart(stream.request.id, stream.tokens)
         if not stream.pending:
-            self._was_read(stream)
+            self.was_read(stream)
 
-    def _was_read(self, stream: _Stream) -> None:
+    def was_read(self, stream: EngineStream) -> None:
         """A portion was taken; a stream that rests goes on once all were."""
         stream.behind_since = 0.0
         if stream.pending:
@@ -606,7 +392,7 @@ class EngineClient:
             return
         stream.rest = "no"
         self._resting.discard(stream)
-        stream.handle = next(self.handles)
+        stream.handle = next(self._handles)
         self._waiting[stream.handle] = stream
         refusal = self._closed or self._unavailable
         if refusal is not None:
@@ -667,11 +453,10 @@ class EngineClient:
                 if report is not None and stream.submissions > 1:
                     report = events[-1] = stream.whole(report)
                 if stream.pending:
-                    stream.pending += events
-                    stream.held += sum(map(_weight, events))
+                    stream.arrived(events)
                     if stream.held > HELD:
                         self._is_behind(stream, connection)
-                elif report is None and stream.take is not None and stream.waiter is not None and _handed_over(stream, stream.take, events):
+                elif report is None and stream.hand_over(events):
                     continue
                 else:
                     stream.pending = events
@@ -725,7 +510,7 @@ class EngineClient:
 
     def _submit_waiting(self, connection: FrameConnection[FromWorker]) -> None:
         # Suspects first: whom the worker has begun with must make room for them again.
-        for stream in sorted(self._waiting.values(), key=_turn):
+        for stream in sorted(self._waiting.values(), key=lambda stream: stream.turn):
             if stream.error is None:
                 try:
                     self._submit(stream, connection, waited=True)
@@ -743,9 +528,9 @@ class EngineClient:
             other._in_use = True
             other._on_wanted()
         moved, self._waiting = self._waiting, {}
-        for stream in sorted(moved.values(), key=_turn):
+        for stream in sorted(moved.values(), key=lambda stream: stream.turn):
             stream.home = other
-            stream.handle = next(other.handles)
+            stream.handle = next(other._handles)
             other._waiting[stream.handle] = stream
             connection = other._open_connection
             if stream.error is None and connection is not None:
@@ -782,43 +567,28 @@ class EngineClient:
     def _last_step(self) -> LastStep | None:
         return read_last_step(notes_path(self._path, self._worker_pid))
 
-    def _after_death(self, stream: _Stream, last: LastStep | None) -> None:
+    def _after_death(self, stream: EngineStream, last: LastStep | None) -> None:
         """What becomes of a request whose worker died, and had noted `last` of its last step."""
         assert self._card is not None
         resumes = "resume" in self._card.capabilities
-        if len(stream.ended) == len(stream.generated):
+        if stream.all_said:
             self._complete(stream)
             return
-        further = False
-        if stream.got_on:
-            stream.reached = None
-        else:
-            begun, end = (0, 0) if last is None else last.span(stream.request.id)
-            # Past all that was computed in the step that died before: that step was not what kills.
-            further = stream.reached is not None and begun >= stream.reached > 0
-            stream.reached = end
-        if stream.got_on or further:
-            stream.fruitless = stream.lone_deaths = 0
-            stream.suspect = False
-        else:
-            stream.fruitless += 1
-            stream.lone_deaths += stream.suspect and last is not None and last.alone(stream.request.id)
+        stream.outlived(last)
         if stream.began and not resumes:
             stream.fail(EngineDied("The engine's process ended while it answered this request; it is being started again.", retry_after=1))
         elif stream.fruitless >= MAX_SUBMISSIONS and (last is None or not resumes):
             stream.fail(EngineDied(f"The engine's process ended {stream.fruitless} times while this request waited for it."))
-        elif stream.lone_deaths >= LONE_DEATHS:
+        elif stream.convicted:
             self._convict(stream)
         elif (refusal := self._closed or self._unavailable or self.quarantined.refusal(stream.request)) is not None:
             stream.fail(refusal)
         else:
-            if not stream.got_on and not further:
-                stream.suspect |= last is None or last.took_part(stream.request.id) or stream.fruitless >= MAX_SUBMISSIONS
             if stream.got_on and not stream.model:
                 stream.model = self._card.fingerprint
             self._waiting[stream.handle] = stream
 
-    def _complete(self, stream: _Stream) -> None:
+    def _complete(self, stream: EngineStream) -> None:
         """All was said but the report."""
         if self._meters is not None:
             stream.cached = stream.cached or self._meters.restart(stream.request.id, stream.tokens)
@@ -828,7 +598,7 @@ class EngineClient:
         self._counted(stream, report)
         stream.wake()
 
-    def _convict(self, stream: _Stream) -> None:
+    def _convict(self, stream: EngineStream) -> None:
         seconds = self._quarantine_seconds
         print_, until = fingerprint(stream.request), time.time() + seconds
         structlog.get_logger("headrace.engines").error(
@@ -870,63 +640,6 @@ class EngineClient:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
-
-
-def _turn(stream: _Stream) -> tuple[bool, int]:
-    """Suspects first, and of them those first that no engine of their own has died with: kills from outside don't hit the same one again
-    and again."""
-    return not stream.suspect, stream.lone_deaths
-
-
-def _at_deadline(stream: _Stream) -> None:
-    stream.home._at_deadline(stream)
-
-
-def _handed_over(stream: _Stream, take: TakesBatch, events: list[Event]) -> bool:
-    """Whether they were taken at once, of a stream whose reader waits for them."""
-    if not take(events):
-        return False
-    stream.was_seen(events)
-    return True
-
-
-def _weight(event: Event) -> int:
-    """Bytes of memory that an event takes, or so."""
-    if type(event) is Delta:
-        weight = 200 + 36 * len(event.tokens) + len(event.text)
-        if event.logprobs:
-            weight += sum([200 + 200 * len(each.top) for each in event.logprobs])
-        return weight
-    return 200 + 200 * len(event.scores) if type(event) is PromptScores else 200
-
-
-def _portion(events: list[Event]) -> list[Event]:
-    """The first of them, as many as are worth a write."""
-    weight = 0
-    for number, event in enumerate(events):
-        if weight > PORTION:
-            return events[:number]
-        weight += _weight(event)
-    return events
-
-
-def _merged(events: list[Event]) -> list[Event]:
-    """Deltas that follow each other in one, a portion each, where nothing but tokens and text is in them."""
-    merged: list[Event] = []
-    for event in events:
-        last = merged[-1] if merged else None
-        if (
-            type(event) is Delta
-            and type(last) is Delta
-            and last.choice == event.choice
-            and last.finish is None
-            and not (last.logprobs or event.logprobs)
-            and _weight(last) < PORTION
-        ):
-            merged[-1] = Delta(last.choice, last.index, last.tokens + event.tokens, last.text + event.text, event.finish, event.stop_reason)
-        else:
-            merged.append(event)
-    return merged
 
 
 def _lives(pid: int) -> bool:
