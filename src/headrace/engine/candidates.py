@@ -183,3 +183,12 @@ def likeliest(logits: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     else:
         found = np.arange(len(negative))
     return found[np.lexsort((found, -logits[found]))][:count]
+
+
+def lower_first(ids: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """`ids` [R, k], whose `logits` fall along each row, with equals in the order of `likeliest`: the lower id first.
+
+    Equals are many in bfloat16, and devices put them in any order, in another one for another k: a row's token would depend on what else
+    is in the batch.
+    """
+    return np.take_along_axis(ids, np.lexsort((ids, -logits), axis=-1), -1)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.engine.batch_parts import check_indices, part
+from headrace.engine.candidates import lower_first
 from headrace.engine.kv_budget import block_count, resident_memory
 from headrace.engine.paged_graph import CACHES, CANDIDATES_INPUT, ROWS_INPUT, STEP_INPUTS, page
 from headrace.engine.populate import Populate
@@ -211,9 +212,10 @@ class OpenVinoRunner:
             request.wait()
         except RuntimeError as error:
             raise RequestFailed(f"The model refused a step: {str(error)[-300:]}") from error
+        logits = request.get_output_tensor(_TOP_LOGITS).data.copy()
         return OpenVinoResult(
-            request.get_output_tensor(_TOP_IDS).data.copy(),
-            request.get_output_tensor(_TOP_LOGITS).data.copy(),
+            lower_first(request.get_output_tensor(_TOP_IDS).data, logits),
+            logits,
             request.get_output_tensor(_LOGSUMEXP).data.copy(),
             # Looked at when a row is read: that copies the row alone, and a step whose rows nobody reads pays nothing.
             None,

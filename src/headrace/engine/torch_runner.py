@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.engine.batch_parts import check_indices, part
+from headrace.engine.candidates import lower_first
 from headrace.engine.gpu_memory import Gpus
 from headrace.engine.torch_paged import BLOCK, LayerShape, Paging, Pools, Step
 from headrace.errors import RequestFailed
@@ -151,10 +152,7 @@ def distributions(logits: torch.Tensor, runner: Any) -> TorchResult:
     logits = logits.float()
     top = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
     ids, values = top.indices.cpu().numpy().astype(np.int64), top.values.cpu().numpy()
-    # Equals are many in bfloat16, and torch puts them in any order: the lower id first, so that the same row gives the same token.
-    order = np.lexsort((ids, -values), axis=-1)
-    ids, values = np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)
-    return TorchResult(ids, values, logits.logsumexp(-1).cpu().numpy(), [logits], runner)
+    return TorchResult(lower_first(ids, values), values, logits.logsumexp(-1).cpu().numpy(), [logits], runner)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
