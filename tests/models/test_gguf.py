@@ -10,7 +10,7 @@ from headrace.config import ModelSection
 from headrace.errors import ModelError
 from headrace.models.card import ModelCard
 from headrace.models.gguf_convert import check_gguf
-from headrace.models.gguf_metadata import read_metadata
+from headrace.models.gguf_metadata import check_whole, read_metadata
 from headrace.models.gguf_tokenizer import tokenizer_json
 from headrace.models.resolve import resolve
 from headrace.models.tokenizer import TextTokenizer
@@ -137,6 +137,20 @@ def test_what_cant_be_converted_is_refused_with_what_to_do(tmp_path: Path, chang
     with pytest.raises(ModelError, match=words):
         resolve(ModelSection(model=str(path), cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache" / "models").exists()
+
+
+def test_a_file_whose_tensors_are_cut_short_never_reaches_openvino(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "m.gguf", byte_level_metadata()).read_bytes()
+    tensors = [_string("a") + struct.pack("<IQIQ", 1, 64, 0, 0), _string("b") + struct.pack("<IQQIQ", 2, 32, 2, 3, 256)]  # F32, Q4_1
+    head = whole[:8] + struct.pack("<Q", len(tensors)) + whole[16:] + b"".join(tensors)
+    data = bytes(-len(head) % 32 + 256 + 2 * 20)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head + data)
+    check_whole(path)
+    path.write_bytes(head + data[:-1])
+    with pytest.raises(ModelError, match=r"cut short: it has .* Fetch it again"):
+        resolve(ModelSection(model=str(path), cache_dir=tmp_path / "cache"))
+    assert list((tmp_path / "cache" / "work").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -189,6 +189,23 @@ def test_eight_mebibytes_are_refused_at_once(unit: str) -> None:
     assert sorted(late)[-2 if len(late) > 2 else -1] < 0.02
 
 
+def test_ids_of_a_refused_text_are_never_made() -> None:
+    """Millions of them, where nothing can be cut, would hold the GIL for as many hundred milliseconds."""
+
+    class Counted:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Counted]:
+            return [self]
+
+        def __len__(self) -> int:
+            return 4_000_000
+
+    tokenizer = small_tokenizer()
+    tokenizer._plain = Counted()
+    with pytest.raises(TooManyTokens) as refused:
+        tokenizer.encode("<|im_start|>" * 10_000, limit=1_000_000)
+    assert refused.value.at_least == 4_000_000
+
+
 @pytest.mark.parametrize("scheme", [None, "always", "first"])
 def test_sentencepiece_puts_a_space_before_a_text_but_not_into_its_middle(scheme: str | None) -> None:
     tokenizer = TextTokenizer(sentencepiece_described(scheme), ModelCard())

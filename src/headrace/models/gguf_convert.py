@@ -13,7 +13,7 @@ import msgspec
 from headrace.errors import ModelError
 from headrace.models.card import ModelCard, write_card
 from headrace.models.engine_choice import GGUF_ARCHITECTURES
-from headrace.models.gguf_metadata import read_metadata
+from headrace.models.gguf_metadata import check_whole, read_metadata
 from headrace.models.gguf_tokenizer import check_tokenizer, tokenizer_json
 from headrace.models.progress import Progress, log
 
@@ -42,6 +42,7 @@ def check_gguf(path: Path) -> dict[str, Any]:
 def convert_gguf(path: Path, folder: Path, card: ModelCard, progress: Progress) -> None:
     """Fill the empty `folder`. `card` says where the file is from. Raises `ModelError`."""
     metadata = check_gguf(path)
+    check_whole(path)
     with progress.spinner(f"Converting {path.name} for OpenVINO"):
         _convert(path, folder)
     (folder / "tokenizer.json").write_text(tokenizer_json(metadata, path.name), encoding="utf-8")

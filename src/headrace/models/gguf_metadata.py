@@ -7,8 +7,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
+import math
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,27 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises `ModelError` where it is no GGUF file, or a damaged one.
     """
+    with _reading(path) as reader:
+        return reader.pairs()
+
+
+def check_whole(path: Path) -> None:
+    """Raises `ModelError` where the file ends before its tensors do, as a broken download does; OpenVINO's reader crashes on it."""
+    with _reading(path) as reader:
+        wanted = reader.tensors_end(reader.pairs())
+    has = path.stat().st_size
+    if has < wanted:
+        raise ModelError(f"{path} is cut short: it has {has:,} of {wanted:,} bytes. Fetch it again.")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[_Reader]:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file (it doesn't begin with the letters GGUF).")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Reader(data).pairs()
+                yield _Reader(data)
             except (struct.error, IndexError, OverflowError) as error:
                 raise ModelError(f"{path} is damaged or cut short ({error}). Fetch it again.") from None
             except _BadGguf as error:
@@ -46,12 +64,13 @@ class _Reader:
         self._data = data
         self._size = len(data)
         self._at = 4
+        self._tensors = 0
 
     def pairs(self) -> dict[str, Any]:
         version = self._scalar("I")
         if version not in (2, 3):
             raise _BadGguf(f"version {version} is not 2 or 3 (little-endian)")
-        self._scalar("Q")  # tensors
+        self._tensors = self._scalar("Q")
         count = self._scalar("Q")
         if count > _MOST_KEYS:
             raise _BadGguf(f"it claims {count} metadata keys")
@@ -60,6 +79,21 @@ class _Reader:
             key = self._string()
             found[key] = self._value(self._scalar("I"))
         return found
+
+    def tensors_end(self, pairs: dict[str, Any]) -> int:
+        """The byte after the last tensor; reads on where `pairs` ended."""
+        from gguf.constants import GGML_QUANT_SIZES
+
+        last = 0
+        for _ in range(self._tensors):
+            self._string()
+            values = math.prod([self._scalar("Q") for _ in range(self._scalar("I"))])
+            block, size = GGML_QUANT_SIZES.get(self._scalar("I"), (1, 0))
+            last = max(last, self._scalar("Q") + values // block * size)
+        alignment = pairs.get("general.alignment")
+        if not isinstance(alignment, int) or alignment <= 0:
+            alignment = 32
+        return -(-self._at // alignment) * alignment + last if last else self._at
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

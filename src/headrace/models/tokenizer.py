@@ -139,10 +139,11 @@ class TextTokenizer:
         tokens: list[int] = []
         start = 0
         for end in self._cuts(text):
-            tokens += tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)[0].ids
-            if limit is not None and len(tokens) > limit:
-                rest = self._bounds.at_least(text, end)
-                raise TooManyTokens(len(tokens) + rest)
+            piece = tokenizer.encode_batch_fast([text[start:end]], add_special_tokens=False)[0]
+            count = len(tokens) + len(piece)
+            if limit is not None and count > limit:
+                raise TooManyTokens(count + self._bounds.at_least(text, end))
+            tokens += piece.ids  # after counting: the GIL is held while they become Python's, 150 ms for four million
             start, tokenizer = end, self._continuing
         return tokens
 
