@@ -223,7 +223,7 @@ class ModelEntry(Section):
     pinned: bool = Field(False, description="Loaded at the start, and never unloaded to make room")
     keep_alive: float | None = Field(None, ge=0, description='Seconds without requests after which it is unloaded, or such as "5m"')
     temperature: float | None = Field(None, ge=0, le=2, description="Where a request doesn't say")
-    top_p: float | None = Field(None, gt=0, le=1, description="Where a request doesn't say")
+    top_p: float | None = Field(None, ge=0, le=1, description="Where a request doesn't say")
     top_k: int | None = Field(None, ge=0, description="Where a request doesn't say")
     min_p: float | None = Field(None, ge=0, le=1, description="Where a request doesn't say")
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Where a request doesn't say")

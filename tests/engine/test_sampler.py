@@ -77,7 +77,7 @@ def tokens_of(picks: Sequence[Picked | Exception]) -> list[int]:
     min_p=st.sampled_from([0.0, 0.001, 0.1, 1.0]),
     top_k=st.sampled_from([0, 1, 5, 64, 70, 299, 1000]),
     # Odd enough for no sum of equal probabilities to hit them, where rounding would decide.
-    top_p=st.sampled_from([1e-9, 0.30013, 0.90013, 0.99913, 1.0]),
+    top_p=st.sampled_from([0.0, 1e-9, 0.30013, 0.90013, 0.99913, 1.0]),
 )
 def test_inverts_the_reference_for_every_uniform_number(
     seed: int, spread: float, size: int, temperature: float, min_p: float, top_k: int, top_p: float

@@ -43,13 +43,16 @@ OPENAI_CHAT: list[tuple[Any, str | None]] = [
     (content("a\0b"), "messages[0].content"),
     (content([{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0].type"),
     (content([{"type": "text"}]), "messages[0].content[0].text"),
+    (content([{"type": "text", "text": "x", "foo": 1}]), "messages[0].content[0].foo"),
+    (content([{"type": "text", "text": "x", "image_url": {"url": "x"}}]), "messages[0].content[0].image_url"),
+    (content([{"type": "refusal", "refusal": "x"}]), "messages[0].content[0].type"),
     (content("x" * (CONTEXT + 1)), "messages"),
     (chat(foo=1), "foo"),
     (chat(model=5), "model"),
     (chat(temperature="hot"), "temperature"),
     (chat(temperature=2.1), "temperature"),
     (chat(temperature=-0.1), "temperature"),
-    (chat(top_p=0), "top_p"),
+    (chat(top_p=-0.1), "top_p"),
     (chat(top_p=1.1), "top_p"),
     (chat(top_k=-2), "top_k"),
     (chat(min_p=1.5), "min_p"),
@@ -136,13 +139,13 @@ NATIVE: list[tuple[Any, list[Any]]] = [
     ({"prompt": "x", "max_length": "many"}, ["max_length"]),
     ({"prompt": "x", "temperature": 3}, ["temperature"]),
     ({"prompt": "x", "temperature": "hot"}, ["temperature"]),
-    ({"prompt": "x", "top_p": 0}, ["top_p"]),
+    ({"prompt": "x", "top_p": -0.1}, ["top_p"]),
     ({"prompt": "x", "seed": 10**40}, ["seed"]),
     ({"prompt": "x", "stop": [""]}, ["stop"]),
     ({"prompt": "x", "stop": ["a"] * 5}, ["stop"]),
     ({"prompt": "x", "history": 5}, ["history"]),
-    ({"prompt": "x", "history": [["only one"]]}, ["history"]),
-    ({"prompt": "x", "history": [{"role": "robot", "content": "x"}]}, ["history"]),
+    ({"prompt": "x", "history": [["only one"]]}, ["history", 0]),
+    ({"prompt": "x", "history": [{"role": "robot", "content": "x"}]}, ["history", 0, "role"]),
     ({"prompt": "x", "model": 5}, ["model"]),
 ]
 
@@ -238,6 +241,15 @@ async def test_what_asks_for_nothing_is_accepted() -> None:
         assert again.status_code == 200, again.text
         plain = await http.post("/v1/completions", json={"prompt": "a", "best_of": 1, "suffix": None, "user": "me"})
         assert plain.status_code == 200, plain.text
+
+
+@pytest.mark.anyio
+async def test_the_ends_of_ranges_are_in_them() -> None:
+    async with client(stand()) as http:
+        for asked in ({"temperature": 0, "top_p": 0}, {"temperature": 2, "top_p": 1}):
+            assert (await http.post("/v1/chat/completions", json=chat(**asked))).status_code == 200
+            assert (await http.post("/v1/completions", json={"prompt": "a", **asked})).status_code == 200
+            assert (await http.post("/chat", json={"prompt": "a", **asked})).status_code == 200
 
 
 RAW: list[tuple[str, bytes]] = [

@@ -33,7 +33,7 @@ def sampling_params(request: GenerateRequest, choice: int, *, limit: int, eos_id
         max_tokens=most,
         min_tokens=min(max(0, asked.min_tokens - len(said)), most),
         temperature=asked.temperature,
-        top_p=asked.top_p,
+        top_p=max(asked.top_p, 1e-9),  # it refuses 0, which leaves the likeliest token
         top_k=asked.top_k,
         min_p=asked.min_p,
         seed=None if asked.seed is None else (asked.seed + choice + (len(said) << 32)) & _SEEDS,

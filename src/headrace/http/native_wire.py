@@ -46,12 +46,12 @@ Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 def _history_shape(value: Any) -> str:
     first = value[0] if isinstance(value, list) and value else None
-    return "messages" if isinstance(first, dict | Turn) else "pairs"
+    return "[messages]" if isinstance(first, dict | Turn) else "[pairs]"
 
 
 History = Annotated[
-    Annotated[list[Pair], Field(fail_fast=True, max_length=MOST_TURNS), Tag("pairs")]
-    | Annotated[list[Turn], Field(fail_fast=True, max_length=MOST_TURNS), Tag("messages")],
+    Annotated[list[Pair], Field(fail_fast=True, max_length=MOST_TURNS), Tag("[pairs]")]
+    | Annotated[list[Turn], Field(fail_fast=True, max_length=MOST_TURNS), Tag("[messages]")],
     Discriminator(_history_shape),
 ]
 
@@ -75,7 +75,7 @@ class ChatQuestion(_Wire):
         None, description="What was said before: [user, assistant] pairs, or messages with role and content; comes back in the same shape"
     )
     model: str | None = Field(None, description="Default: the server's first model")
-    top_p: float | None = Field(None, gt=0, le=1, description="Draw from the likeliest tokens that make up this much probability")
+    top_p: float | None = Field(None, ge=0, le=1, description="Draw from the likeliest tokens that make up this much probability")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="The same request with the same seed gives the same text")
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="Texts that end the answer"

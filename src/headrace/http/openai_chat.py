@@ -15,7 +15,7 @@ from headrace.http.collect import Choice, collect, finish_for_clients, timing_he
 from headrace.http.exchange import exchange_of
 from headrace.http.hangup import Watch
 from headrace.http.openai_answers import Head, chat_logprobs, closing, error_event, usage_of
-from headrace.http.openai_nothing import CHAT, MESSAGE, refuse_what_we_cannot
+from headrace.http.openai_nothing import CHAT, MESSAGE, PART, refuse_what_we_cannot
 from headrace.http.openai_wire import (
     MOST_TOKENS,
     ChatCompletionRequest,
@@ -129,6 +129,7 @@ def _joined(number: int, parts: Sequence[ContentPart]) -> str:
         place = f"messages[{number}].content[{index}]"
         if part.type != "text":
             raise Unsupported(f"`{place}.type`: parts of type {part.type[:40]!r} are not served here, only text.", param=place + ".type")
+        refuse_what_we_cannot(part, PART, place + ".")
         if part.text is None:
             raise InvalidParameter(f"`{place}.text`: Field required", param=place + ".text")
         texts.append(part.text)

@@ -87,6 +87,16 @@ MESSAGE = Fields(
     }
 )
 
+PART = Fields(
+    {
+        "file": NEVER,
+        "image_url": NEVER,
+        "input_audio": NEVER,
+        "prompt_cache_breakpoint": NEVER,
+        "refusal": NEVER,
+    }
+)
+
 Ignored = msgspec.Raw | msgspec.UnsetType
 """The type of such a field: read past, and looked at only if it is there."""
 

@@ -37,7 +37,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: Annotated[str, Meta(description="Default: the server's first model")] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1, description="Ours, not OpenAI's. 0 and -1 are off")] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1, description="Ours, not OpenAI's")] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -199,11 +199,16 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     function: FunctionCall
 
 
-class ContentPart(msgspec.Struct, kw_only=True):
-    """One part of a message. Types other than text are refused by their name, so what else they hold is read past."""
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One part of a message. What parts of other types hold is known, so that they are refused by their type."""
 
     type: str
     text: str | None = None
+    file: Ignored = UNSET
+    image_url: Ignored = UNSET
+    input_audio: Ignored = UNSET
+    prompt_cache_breakpoint: Ignored = UNSET
+    refusal: Ignored = UNSET
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
