@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_floor(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own] or (FLOORS[other] == FLOORS[own] and FLOORS[own] not in (1,)), (
             f"{path.name}:{line}: {own} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})"
         )
+
+
+def test_the_architecture_names_what_there_is() -> None:
+    page = (SOURCE.parents[1] / "ARCHITECTURE.md").read_text()
+    files = {
+        name for name in re.findall(r"`([\w/]+\.py)`", page) if not (SOURCE / name).exists() and not (SOURCE.parents[1] / name).exists()
+    }
+    assert not files, files
+    rows = {int(number): set(re.findall(r"`(\w+)/?`", row)) for number, row in re.findall(r"^\| (\d) [^|]*\|(.*)\|$", page, re.MULTILINE)}
+    for module, floor in FLOORS.items():
+        if module != "__main__" and ((SOURCE / module).is_dir() or (SOURCE / f"{module}.py").exists()):
+            assert module in rows[floor], f"{module} is not on floor {floor} of ARCHITECTURE.md"
