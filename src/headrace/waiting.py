@@ -195,7 +195,7 @@ def refuse_late(queue: Queue, newcomer: Newcomer, wait: float) -> HeadraceError 
     work = newcomer.certain * queue.token_seconds
     if wait + work <= SLACK * newcomer.timeout:
         return None
-    alone = newcomer.tokens * queue.own + queue.step_fixed + newcomer.certain * (_step(queue, newcomer.sequences) or queue.token_seconds)
+    alone = newcomer.tokens * queue.own + queue.step_fixed + newcomer.certain * _step(queue, newcomer.sequences)
     message = f"The request can't be met within its {newcomer.timeout:g} s: about {wait:.2f} s to its first token"
     message += f", and {work:.2f} s for the {newcomer.certain} tokens after it." if work else "."
     if alone > SLACK * newcomer.timeout:
@@ -231,8 +231,8 @@ def crowded_out(queue: Queue, newcomer: Newcomer, rank: int, wait: float) -> Hea
 
 
 def _step(queue: Queue, sequences: int) -> float:
-    """Seconds of a step with so many sequences; 0 where nothing is known."""
-    return queue.step_fixed + queue.step_each * sequences
+    """Seconds of a step with so many sequences: as they are now where the engine doesn't tell, and 0 where nothing is known."""
+    return queue.step_fixed + queue.step_each * sequences or queue.token_seconds
 
 
 def is_full(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> bool:

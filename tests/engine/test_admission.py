@@ -261,6 +261,13 @@ def test_no_more_are_let_in_than_can_end_in_time(timeout: float) -> None:
     assert all(isinstance(each, DeadlineUnmeetable) and each.retry_after is not None for each in refused)
 
 
+def test_what_would_begin_in_time_and_end_too_late_is_refused_where_only_the_pace_of_tokens_is_known() -> None:
+    queue = Queue(slots=4, running=4, frees=(8.0,) * 4, token_seconds=0.05, length=80)
+    assert isinstance(place(queue, BOUNDS, Newcomer(0, timeout=9, most=80)), DeadlineUnmeetable)
+    assert isinstance(place(queue, BOUNDS, Newcomer(0, timeout=13, most=80)), Place)
+    assert isinstance(place(queue, BOUNDS, Newcomer(0, timeout=9, most=10)), Place)
+
+
 def test_a_request_that_may_be_too_long_by_itself_is_let_in_unless_others_make_it_twice_as_long() -> None:
     engine = OverloadedEngine()
     engine.admission.pace = known_pace()
