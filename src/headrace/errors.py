@@ -266,12 +266,15 @@ class ModelError(HeadraceError):
 def _tree(root: type[HeadraceError]) -> dict[str, type[HeadraceError]]:
     found = {root.code: root}
     for child in root.__subclasses__():
-        if child is TooManyTokens:
-            continue
-        found.update(_tree(child))
+        if child is not TooManyTokens:
+            found |= _tree(child)
     return found
+
+
+_BY_CODE = _tree(HeadraceError)
+"""The classes of this module. Those that other modules derive stay in their process, and share codes with these."""
 
 
 def revive(code: str, message: str, param: str | None = None, retry_after: float | None = None) -> HeadraceError:
     """The error that a worker sent, as the class it was raised with; an unknown code is a `HeadraceError`."""
-    return _tree(HeadraceError).get(code, HeadraceError)(message, param=param, retry_after=retry_after)
+    return _BY_CODE.get(code, HeadraceError)(message, param=param, retry_after=retry_after)
