@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from headrace.http.upgrade_offers import IgnoresOffers
 
 LINE = "headrace.line"
 """Where a request's scope has it."""
 
 
-class LinedConnection(HttpToolsProtocol):
+class LinedConnection(IgnoresOffers):
     """uvicorn's connection; each of its requests has a `Line`."""
 
     line: Line | None = None
