@@ -224,6 +224,17 @@ async def test_a_model_that_cannot_be_loaded_is_said_at_start() -> None:
     await engine.close()
 
 
+async def test_a_refusal_to_load_is_no_crash_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> Runner:
+        raise ModelError("A context of 8,192 tokens takes 180 MiB: raise kv_cache_gib.")
+
+    engine = make_engine(refuse)
+    with pytest.raises(ModelError, match="raise kv_cache_gib"):
+        await engine.start()
+    await engine.close()
+    assert not caplog.records
+
+
 async def test_a_crash_of_the_loop_ends_requests_and_says_so(runner: GatedRunner) -> None:
     engine = make_engine(lambda: runner)
     await engine.start()

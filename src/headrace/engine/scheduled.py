@@ -256,7 +256,8 @@ class ScheduledEngine:
             self._steps(stepper)
         except BaseException as caught:
             error = caught
-            logger.error("the step loop of %s broke", self._name, exc_info=caught)
+            if stepper is not None or not isinstance(caught, HeadraceError):  # a refusal to load is for whoever starts us
+                logger.error("the step loop of %s broke", self._name, exc_info=caught)
         try:
             if stepper is not None:
                 died = error is not None
