@@ -1,9 +1,9 @@
 """Turns an exported OpenVINO model into the graph that a step of the engine runs.
 
-Three changes: attention reads and writes paged KV blocks (OpenVINO's own transformation, which lives in a
-private module; tests/engine/test_openvino_contract.py guards it), only the asked rows reach the last matrix
-product, and the likeliest tokens and the log-sum-exp come out beside the logits. Where only the likeliest token of each row is
-wanted, the others and the log-sum-exp, up to 6 % of a step, aren't computed.
+Four changes: products of the same rows become one (`merged_products.py`), attention reads and writes paged KV
+blocks (OpenVINO's own transformation, which lives in a private module; tests/engine/test_openvino_contract.py guards it),
+only the asked rows reach the last matrix product, and the likeliest tokens and the log-sum-exp come out beside the logits.
+Where only the likeliest token of each row is wanted, the others and the log-sum-exp, up to 6 % of a step, aren't computed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headrace.engine.merged_products import merge_products
 from headrace.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def page(model: openvino.Model) -> None:
     inputs = _names(model)
     if "input_ids" not in inputs:
         raise ModelError(f"This model takes {', '.join(sorted(inputs))}, not token ids. {_INSTEAD}")
+    merge_products(model)
     try:
         paged_attention_transformation(model)
     except RuntimeError as error:
