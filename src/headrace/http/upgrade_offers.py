@@ -18,7 +18,9 @@ class IgnoresOffers(HttpToolsProtocol):
         try:
             self._parse(data)
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            told = "Invalid HTTP request received."
+            self.logger.warning(told)
+            self.send_400_response(told)
 
     def _parse(self, data: bytes) -> None:
         left: bytes | memoryview = data
