@@ -30,6 +30,15 @@ CHAT = {
 }
 
 
+@pytest.mark.parametrize("keep_alive", ["5m", 0])
+def test_what_is_pinned_has_no_time_to_leave(keep_alive: object) -> None:
+    with pytest.raises(ValueError, match="set one of them"):
+        ModelEntry.model_validate({"model": "echo", "pinned": True, "keep_alive": keep_alive})
+    (_, stays) = fleet(config({"m": ModelEntry(model="echo", keep_alive=5), "m@2": ModelEntry(pinned=True)}))
+    assert stays.entry is not None
+    assert (stays.entry.pinned, stays.entry.keep_alive) == (True, None)
+
+
 def served(made: Config) -> ServedModels:
     members = fleet(made)
     models = [ServedModel(each.files, engine=None, family=each.family, entry=each.entry) for each in members]  # type: ignore[arg-type]

@@ -245,7 +245,7 @@ def test_streams_of_a_replica_that_dies_go_on_at_another(tmp_path: Path) -> None
 
 
 def test_a_reload_brings_a_new_version_and_changes_none(tmp_path: Path) -> None:
-    before = '[models.chat]\nmodel = "echo?says=one"\ngolden = []\n'
+    before = '[aliases.quick]\nto = "chat"\n[models.chat]\nmodel = "echo?says=one"\ngolden = []\naliases = ["talk"]\n'
     after = before + '[models."chat@2"]\nmodel = "echo?says=two"\n'
     with Fleet(tmp_path, before) as server:
         (tmp_path / "headrace.toml").write_text(after.replace("one", "another"))
@@ -258,6 +258,14 @@ def test_a_reload_brings_a_new_version_and_changes_none(tmp_path: Path) -> None:
         assert httpx.post(f"{server.url}/admin/models/chat@2/promote", params={"watch": 0}, headers=server.operator()).status_code == 200
         said = httpx.post(f"{server.url}/chat", json={"prompt": "x", "model": "chat"}).json()
         assert (said["response"], said["model"]) == ("two", "chat@2")
+        # All names of the family stand for the new version, and the old one leaves.
+        for name in ("chat", "talk", "quick", "chat@2"):
+            shown = server.client.get(f"/admin/models/{name}").json()
+            assert (shown["name"], shown["aliases"], shown["current"]) == ("chat@2", ["chat", "talk"], True)
+        eventually(lambda: server.states()["chat@1"] == "absent", what="the old version's leave")
+        assert server.client.get("/admin/models/chat@1").json()["aliases"] == []
+        unknown = server.client.get("/admin/models/nobody")
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize(

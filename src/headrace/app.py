@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import structlog
@@ -42,10 +42,12 @@ from headrace.control import (
     ErrorsNoted,
     Held,
     Hold,
+    KeyMet,
     LimitsAnswer,
     ModelInUse,
     ModelKnown,
     ModelRefusal,
+    ModelsAction,
     ModelsAnswer,
     ProbeAnswer,
     ProbeEnded,
@@ -129,6 +131,7 @@ class SupervisorLink:
         self.connection = FrameConnection[ToChild](ToChild, self._received, _leave)
         self._models = models
         self.served: ServedModels | None = None
+        self.callers: Callers | None = None
         self.bringing: dict[str, WordsLater] = {}
         """By model, who loads its words when they are first needed."""
         self._models_asked: dict[int, asyncio.Future[ModelsAnswer]] = {}
@@ -169,9 +172,7 @@ class SupervisorLink:
             raise ConfigRefused(said.refused)
         return said.changed
 
-    async def models(
-        self, action: Literal["list", "load", "unload", "promote", "rollback"], model: str = "", watch: float | None = None
-    ) -> dict[str, Any]:
+    async def models(self, action: ModelsAction, model: str = "", watch: float | None = None) -> dict[str, Any]:
         """`http.serving.ControlsModels`."""
         number = next(self._numbers)
         answer: asyncio.Future[ModelsAnswer] = asyncio.get_running_loop().create_future()
@@ -262,6 +263,9 @@ class SupervisorLink:
         elif isinstance(message, Quarantine):
             if message.model in self._models:
                 self._models[message.model][1].quarantine(message.fingerprint, message.until)
+        elif isinstance(message, KeyMet):
+            if self.callers is not None:
+                self.callers.meet(message.digest)
         elif isinstance(message, Hold | Release | ModelKnown | ModelRefusal | VersionPromoted | ModelsAnswer):
             self._hear_of_models(message)
         elif isinstance(message, Processes):
@@ -428,7 +432,7 @@ async def _run(beginning: Beginning) -> None:
     tally = RequestTally(served, rules.queue_seconds)
     limits.budget_seen = BudgetWatch(rules, link.budget_seen, time.time).seen
     keys = SqlKeys(database)
-    callers = Callers(config.access, keys, pepper)
+    callers = link.callers = Callers(config.access, keys, pepper, on_met=lambda digest: link.connection.send(KeyMet(digest)))
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
     tracing = None if config.trace.otel_endpoint is None else Tracing(config.trace)
     app = create_api(

@@ -263,6 +263,12 @@ class ModelEntry(Section):
             raise ValueError('it is seconds, or a number with s, m, h or d, such as "5m"')
         return float(found[1]) * _UNITS[found[2] or "s"]
 
+    @model_validator(mode="after")
+    def _stays_or_leaves(self) -> ModelEntry:
+        if self.pinned and self.keep_alive is not None:
+            raise ValueError("keep_alive says when it is unloaded, and pinned that it never is; set one of them")
+        return self
+
     @field_validator("golden", mode="before")
     @classmethod
     def _may_be_plain_texts(cls, value: object) -> object:

@@ -178,6 +178,13 @@ class Quarantine(msgspec.Struct, frozen=True, tag=30):
     """Unix time."""
 
 
+class KeyMet(msgspec.Struct, frozen=True, tag=31):
+    """From an API process, and on to all of them: a key of the store is in use, so that each of them knows it should the store go away."""
+
+    digest: bytes
+    """Of its secret, under the pepper; what the key may do each process asks the store itself."""
+
+
 class Quiet(msgspec.Struct, frozen=True, tag=50):
     """From an API process that leaves: it takes no new connections any more, or, where the server stops, nothing that ran is left, and
     what comes is refused."""
@@ -275,11 +282,14 @@ class VersionPromoted(msgspec.Struct, frozen=True, tag=86):
     model: str
 
 
+ModelsAction = Literal["list", "show", "load", "unload", "promote", "rollback"]
+
+
 class AskModels(msgspec.Struct, frozen=True, tag=87):
-    """From an API process, for an administrator: list the models, or do something with one."""
+    """From an API process, for an administrator: list the models, show one, or do something with one."""
 
     number: int
-    action: Literal["list", "load", "unload", "promote", "rollback"] = "list"
+    action: ModelsAction = "list"
     model: str = ""
     watch: float | None = None
     """Of `promote`: seconds to watch the new version."""
@@ -322,6 +332,7 @@ ToChild = (
     | CircuitChanged
     | ProbeAnswer
     | Quarantine
+    | KeyMet
     | CloseDoor
     | Reloaded
 )
@@ -337,6 +348,7 @@ ToSupervisor = (
     | AskProbe
     | ProbeEnded
     | Quarantine
+    | KeyMet
     | ErrorsNoted
     | RequestsEnded
     | BudgetSeen

@@ -107,7 +107,8 @@ def fleet(config: Config) -> list[Member]:
 def _inherited(entry: ModelEntry, base: ModelEntry | None) -> ModelEntry:
     if base is None:
         return entry
-    kept = {field: getattr(base, field) for field in base.model_fields_set - entry.model_fields_set - {"version", "aliases", "pinned"}}
+    own = {"version", "aliases", "pinned", *(["keep_alive"] if entry.pinned else [])}
+    kept = {field: getattr(base, field) for field in base.model_fields_set - entry.model_fields_set - own}
     return entry.model_copy(update=kept)
 
 

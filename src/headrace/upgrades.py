@@ -99,7 +99,7 @@ class Upgrades:
         if asked.action == "load":
             await self._yard.have(residence.name)
             self._yard.let_go(residence.name)
-        else:
+        elif asked.action == "unload":
             await self._yard.unload(residence.name)
         return self._line(residence)
 
@@ -132,7 +132,9 @@ class Upgrades:
             "name": residence.name,
             "family": member.family or residence.name,
             "version": member.version,
-            "aliases": list(residence.files.aliases),
+            "aliases": [
+                name for each in self._yard.residences.values() for name in each.files.aliases if self._residence(name) is residence
+            ],
             "current": self.current.get(member.family) == residence.name or not member.family,
             "state": stall.state,
             "reason": residence.failure or residence.waits,
@@ -168,8 +170,12 @@ class Upgrades:
     # Words
 
     def _residence(self, name: str) -> Residence:
-        found = self._yard.residences.get(name) or self._yard.residences.get(self.current.get(name, ""))
-        found = found or next((each for each in self._yard.residences.values() if name in each.files.aliases), None)
+        residences = self._yard.residences
+        found = residences.get(name) or residences.get(self.current.get(name, ""))
+        found = found or next((each for each in residences.values() if name in each.files.aliases), None)
+        if found is not None and name in found.files.aliases and found.member.family in found.files.aliases:
+            # A further name of the family, not of one version.
+            return residences.get(self.current.get(found.member.family, ""), found)
         alias = self._section().aliases.get(name)
         if found is None and alias is not None:
             if alias.to is None:
@@ -359,12 +365,8 @@ class Upgrades:
 
     def _retire(self, name: str) -> None:
         """Unload it when what runs is over, unless it is addressed by something else, too."""
-        member = self._yard.residences[name].member
         stall = self._yard.stables[name]
-        elsewhere = any(
-            name in (alias.to, alias.shadow, *alias.split) or member.family in (alias.to, alias.shadow, *alias.split)
-            for alias in self._section().aliases.values()
-        )
+        elsewhere = any(name in (alias.to, alias.shadow, *alias.split) for alias in self._section().aliases.values())
         if not stall.pinned and not elsewhere:
             self._yard.stables.unload(name)
             self._yard.stir()

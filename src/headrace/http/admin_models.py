@@ -1,12 +1,13 @@
-"""`GET /admin/models`, and `POST /admin/models/{model}/load`, `unload`, `promote`, `rollback`, for `headrace models`."""
+"""`GET /admin/models` and `/admin/models/{model}`, and `POST /admin/models/{model}/load`, `unload`, `promote`, `rollback`, for
+`headrace models`."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from starlette.requests import Request
 
+from headrace.control import ModelsAction
 from headrace.errors import InvalidParameter, Unsupported
 from headrace.http.answers import Answer, json_answer
 from headrace.http.serving import ControlsModels, Serving
@@ -20,6 +21,10 @@ class AdminModels:
     async def list(self, request: Request) -> Answer:
         """All models with their state, what they take of the memory, and how their last upgrades went."""
         return json_answer(await self._control.models("list"))
+
+    async def show(self, request: Request) -> Answer:
+        """One of them: what the list says of it."""
+        return json_answer(await self._control.models("show", request.path_params["model"]))
 
     async def load(self, request: Request) -> Answer:
         """Load a model now; answered when it is ready, or with 409 and the reason."""
@@ -40,7 +45,7 @@ class AdminModels:
         """Have a model's name stand for the version before."""
         return await self._do(request, "rollback")
 
-    async def _do(self, request: Request, action: Literal["load", "unload", "promote", "rollback"]) -> Answer:
+    async def _do(self, request: Request, action: ModelsAction) -> Answer:
         may_change_all(request, "The models are")
         watch = None
         if (given := request.query_params.get("watch")) is not None:

@@ -212,6 +212,7 @@ def _add_routes(
     add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
     several = AdminModels(serving)
     add("GET", "/admin/models", several.list, "Administration", gate=on_the_spot, name="admin_models", openapi_extra=_SECURED)
+    add("GET", "/admin/models/{model:path}", several.show, "Administration", gate=on_the_spot, name="admin_model", openapi_extra=_SECURED)
     for action, do in (("load", several.load), ("unload", several.unload), ("promote", several.promote), ("rollback", several.rollback)):
         path = f"/admin/models/{{model:path}}/{action}"
         add("POST", path, do, "Administration", gate=on_the_spot, name=f"model_{action}", openapi_extra=_SECURED)

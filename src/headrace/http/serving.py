@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from headrace.config import Config
+from headrace.control import ModelsAction
 from headrace.errors import ModelNotFound, Overloaded
 from headrace.http.exchange import Exchange
 from headrace.http.wishes import PRIORITY_HEADER, priority_of, timeout_of
@@ -53,10 +54,8 @@ class Control(Protocol):
 class ControlsModels(Protocol):
     """The supervisor, where it loads and unloads models."""
 
-    async def models(
-        self, action: Literal["list", "load", "unload", "promote", "rollback"], model: str = "", watch: float | None = None
-    ) -> dict[str, Any]:
-        """List the models, or do something with one. Raises `ModelRefused` and `ModelNotFound`."""
+    async def models(self, action: ModelsAction, model: str = "", watch: float | None = None) -> dict[str, Any]:
+        """List the models, show one, or do something with one. Raises `ModelRefused` and `ModelNotFound`."""
         ...
 
 
