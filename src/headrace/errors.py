@@ -61,6 +61,11 @@ class HeadraceError(Exception):
         self.param = param
         self.retry_after = retry_after
 
+    @property
+    def told(self) -> str:
+        """What callers are told; `message` is for the operator, too."""
+        return self.message
+
 
 class BadRequest(HeadraceError):
     status = 400
@@ -246,6 +251,15 @@ class StoreUnavailable(HeadraceError):
     status = 503
     code = "store_unavailable"
     retry = True
+
+    def __init__(self, message: str, *, told: str | None = None, param: str | None = None, retry_after: float | None = None) -> None:
+        """`told` is for callers, where `message` names hosts and folders that are none of their business."""
+        super().__init__(message, param=param, retry_after=retry_after)
+        self._told = told
+
+    @property
+    def told(self) -> str:
+        return self._told or self.message
 
 
 class DeadlineExceeded(HeadraceError):

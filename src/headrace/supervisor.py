@@ -39,6 +39,7 @@ from headrace.control import (
     CircuitCalls,
     ErrorsNoted,
     Held,
+    KeyMet,
     LimitsAnswer,
     ModelInUse,
     ModelsAnswer,
@@ -406,6 +407,8 @@ class Supervisor:
         elif isinstance(message, Quarantine):
             if self._quarantined[message.model].add(message.fingerprint, message.until):
                 self._tell_apis(message)
+        elif isinstance(message, KeyMet):
+            self._tell_apis(message)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
         elif isinstance(message, Quiet):

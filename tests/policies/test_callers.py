@@ -241,6 +241,32 @@ async def test_known_keys_go_on_for_a_while_when_the_store_is_away(monkeypatch: 
     await house.admit(late)
 
 
+async def test_a_key_met_by_one_process_goes_on_in_all_when_the_store_is_away() -> None:
+    house = House()
+    _, secret = await house.desk.create(Wish(name="a"), OPERATOR)
+    _, late = await house.desk.create(Wish(name="b"), OPERATOR)
+    met: list[bytes] = []
+    first, second = (Callers(house.access, house.keys, PEPPER, on_met=met.append) for _ in range(2))
+    await house.admit(secret, callers=first)
+    with pytest.raises(Unauthorized):
+        await house.admit(new_secret(), callers=first)
+    while not met:
+        await asyncio.sleep(0)
+    second.meet(met[0])
+    while not second.quick(secret, "192.0.2.1", "inference", required=True):
+        await asyncio.sleep(0)
+    finds = house.keys.finds
+    for process in (first, second):
+        process.meet(met[0])
+        await house.admit(secret, callers=process)
+    assert house.keys.finds == finds
+    house.keys.away = True
+    assert (await house.admit(secret, callers=second)).key is not None
+    with pytest.raises(StoreUnavailable):
+        await house.admit(late, callers=second)
+    assert len(met) == 1
+
+
 @pytest.mark.alone
 async def test_a_store_that_hangs_holds_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House()

@@ -139,7 +139,7 @@ def _done(call: Call) -> bytes:
 
 
 def _failed(error: HeadraceError) -> dict[str, Any]:
-    told: dict[str, Any] = {"status": status_of(error, openai=False), "code": error.code, "message": error.message}
+    told: dict[str, Any] = {"status": status_of(error, openai=False), "code": error.code, "message": error.told}
     if isinstance(error, InvalidBody):
         told["detail"] = native_error(error)["detail"]
     return {"error": told}

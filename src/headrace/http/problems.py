@@ -60,12 +60,12 @@ def status_of(error: HeadraceError, *, openai: bool) -> int:
 
 def openai_error(error: HeadraceError) -> dict[str, Any]:
     kind = _OPENAI_TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": error.told, "type": kind, "param": error.param, "code": error.code}}
 
 
 def native_error(error: HeadraceError) -> dict[str, Any]:
     if not isinstance(error, InvalidBody):
-        return {"detail": error.message, "code": error.code}
+        return {"detail": error.told, "code": error.code}
     detail = []
     for fault in error.faults:
         entry: dict[str, Any] = {"type": fault.kind, "loc": ["body", *fault.loc], "msg": fault.message}

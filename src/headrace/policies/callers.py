@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
@@ -27,10 +28,13 @@ class Callers:
     its scopes, and one that is expired or revoked is refused.
     """
 
-    def __init__(self, access: AccessSection, keys: Keys | None = None, pepper: bytes = b"") -> None:
+    def __init__(
+        self, access: AccessSection, keys: Keys | None = None, pepper: bytes = b"", *, on_met: Callable[[bytes], None] | None = None
+    ) -> None:
+        """`on_met` is told the digest of each key that a request made known here, for other API processes (`meet`)."""
         self.key_required = access.auth == "keys"
         self._configured = [_configured(key.get_secret_value()) for key in access.api_keys]
-        self._known = KnownKeys(keys, access.key_cache_ttl) if keys is not None else None
+        self._known = KnownKeys(keys, access.key_cache_ttl, on_met=on_met) if keys is not None else None
         self._pepper = pepper
         self._digest = Digest(pepper)
         self._met: dict[bytes, tuple[KnownKey, Caller]] = {}
@@ -80,6 +84,11 @@ class Callers:
         if required or self.key_required:
             raise Unauthorized(self._unknown())
         return anonymous(address)
+
+    def meet(self, digest: bytes) -> None:
+        """A key is in use in another API process."""
+        if self._known is not None:
+            self._known.meet(digest)
 
     def is_operator(self, token: str | None) -> bool:
         """Whether one of the operator's own commands asks, which has read the pepper."""

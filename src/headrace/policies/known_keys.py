@@ -34,10 +34,18 @@ _Value = TypeVar("_Value")
 class KnownKeys:
     """Keys by digest. `get` is for the warm cache and never waits; `find` asks the store where it must."""
 
-    def __init__(self, keys: Keys, ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_met: Callable[[bytes], None] | None = None,
+    ) -> None:
         self._keys = keys
         self._ttl = ttl
         self._clock = clock
+        self._on_met = on_met
         self._known: dict[bytes, KnownKey] = {}
         self._unknown: dict[bytes, None] = {}
         self._version = 0
@@ -73,16 +81,24 @@ class KnownKeys:
                     return self._known[digest]
                 if digest in self._unknown:
                     return None
-        finding = self._finding.get(digest)
-        if finding is None:
-            finding = self._finding[digest] = asyncio.create_task(self._ask(digest))
-            finding.add_done_callback(lambda task: self._found(digest, task))
+        finding = self._finding.get(digest) or self._find_aside(digest, self._on_met)
         return await asyncio.shield(finding)
 
-    def _found(self, digest: bytes, task: asyncio.Task[KnownKey | None]) -> None:
+    def meet(self, digest: bytes) -> None:
+        """Know a key that is in use in another API process, so that it goes on in this one, too, while the store is away."""
+        if digest not in self._known and digest not in self._finding:
+            self._find_aside(digest, None)
+
+    def _find_aside(self, digest: bytes, on_met: Callable[[bytes], None] | None) -> asyncio.Task[KnownKey | None]:
+        finding = self._finding[digest] = asyncio.create_task(self._ask(digest))
+        finding.add_done_callback(lambda task: self._found(digest, task, on_met))
+        return finding
+
+    def _found(self, digest: bytes, task: asyncio.Task[KnownKey | None], on_met: Callable[[bytes], None] | None) -> None:
         del self._finding[digest]
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; a client that hung up doesn't
+        # Whoever waited has the error; a client that hung up, or another process, doesn't.
+        if not task.cancelled() and task.exception() is None and task.result() is not None and on_met is not None:
+            on_met(digest)
 
     async def _ask(self, digest: bytes) -> KnownKey | None:
         if not self._version:

@@ -93,7 +93,7 @@ class RedisCache:
         try:
             return await command
         except (RedisError, OSError, TimeoutError) as error:
-            raise StoreUnavailable(f"The cache in Redis can't be used: {error}") from error
+            raise StoreUnavailable(f"The cache in Redis can't be used: {error}", told="The server's cache can't be used now.") from error
 
 
 def _value(key: bytes) -> bytes:

@@ -219,7 +219,9 @@ class SqliteCache:
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             self._disconnect()
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            refused = StoreUnavailable(f"The cache {self._path} can't be used: {reason[:300]}")
+            refused = StoreUnavailable(
+                f"The cache {self._path} can't be used: {reason[:300]}", told="The server's cache can't be used now."
+            )
             results = [(asked.done, refused) for asked in taken]
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(self._finished, results, loop)

@@ -122,7 +122,8 @@ class Database:
         cause = getattr(error, "orig", None) or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         shown = self.url.render_as_string(hide_password=True)
-        return StoreUnavailable(f"The database {re.sub(r'[+][a-z]+(?=:)', '', shown)} can't be used: {reason[:300]}", retry_after=2)
+        message = f"The database {re.sub(r'[+][a-z]+(?=:)', '', shown)} can't be used: {reason[:300]}"
+        return StoreUnavailable(message, told="The server's database can't be used now.", retry_after=2)
 
 
 def _drivers_own_errors() -> tuple[type[Exception], ...]:

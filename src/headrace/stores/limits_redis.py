@@ -17,6 +17,7 @@ from headrace.errors import ConfigError, StoreUnavailable
 TIMEOUT = 0.05
 """Seconds that a request waits for the answer, before limits are kept apart."""
 CONNECT_TIMEOUT = 1.0
+_AWAY = "What keeps this server's limits can't be used now."
 PREFIX = "{headrace}"
 """A hash tag: all keys are in one slot, because a take spans several subjects."""
 
@@ -71,7 +72,8 @@ class RedisLimits:
         except self._errors as error:
             # An answer that comes late would be taken for the next one's.
             await self._drop()
-            raise StoreUnavailable(f"Redis, which keeps the limits, can't be used: {_named(error)}", retry_after=1) from error
+            message = f"Redis, which keeps the limits, can't be used: {_named(error)}"
+            raise StoreUnavailable(message, told=_AWAY, retry_after=1) from error
         except BaseException:
             await self._drop()
             raise
@@ -92,7 +94,8 @@ class RedisLimits:
             self._ready = True
         except self._errors as error:
             await self._drop()
-            raise StoreUnavailable(f"Redis, which keeps the limits, can't be reached: {_named(error)}", retry_after=1) from error
+            message = f"Redis, which keeps the limits, can't be reached: {_named(error)}"
+            raise StoreUnavailable(message, told=_AWAY, retry_after=1) from error
 
     async def close(self) -> None:
         await self._drop()
