@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import multiprocessing
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import structlog
 
 from headrace import logs
 from headrace.config import LogSection
+from headrace.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,32 @@ def test_a_file_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
     file.write(b"line\n")
     file.close()
     assert (tmp_path / "server.log").read_text() == "line\n"
+
+
+def test_a_folder_that_was_taken_away_is_made_again_and_no_other_file_is_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    file = logs.RotatingFile(folder / "server.log", 1000, 1)
+    shutil.rmtree(folder)
+    file.write(b"1\n")
+    with (tmp_path / "another").open("wb") as another:  # gets the lowest number that is free
+        file.write(b"2\n")
+        another.write(b"its own\n")
+    assert (folder / "server.log").read_text() == "1\n2\n"
+    shutil.rmtree(folder)
+    folder.touch()
+    file.write(b"lost\n")
+    folder.unlink()
+    file.write(b"3\n")
+    file.close()
+    assert (folder / "server.log").read_text() == "3\n"
+    assert (tmp_path / "another").read_bytes() == b"its own\n"
+
+
+def test_a_file_that_cant_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "server.log", tmp_path):
+        with pytest.raises(ConfigError, match=r"log_file: .* can't be written"):
+            logs.configure(LogSection(log_file=path), "test")
 
 
 def test_every_line_of_a_request_has_its_id() -> None:

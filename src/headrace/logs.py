@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from headrace.config import LogSection
+from headrace.errors import ConfigError
 
 PRIVATE = frozenset({"prompt", "messages", "message_text", "text", "completion", "token", "api_key", "authorization", "headers", "body"})
 """Fields that are replaced, whoever set them."""
@@ -39,12 +40,18 @@ _QUIET = {
 
 
 def configure(section: LogSection, process: str, *, stream: TextIO | None = None) -> None:
-    """Set up structlog and the standard library's loggers of this process, whose name is in every line."""
+    """Set up structlog and the standard library's loggers of this process, whose name is in every line.
+
+    Raises `ConfigError` where there can be no such log file.
+    """
     stream = sys.stderr if stream is None else stream
     level = _LEVELS[section.log_level]
     file = None
     if section.log_file is not None:
-        file = RotatingFile(section.log_file.expanduser(), int(section.log_file_mib * 1024 * 1024), section.log_file_keep)
+        try:
+            file = RotatingFile(section.log_file.expanduser(), int(section.log_file_mib * 1024 * 1024), section.log_file_keep)
+        except OSError as error:
+            raise ConfigError(f"log_file: {section.log_file} can't be written: {error.strerror}.") from error
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -106,7 +113,6 @@ class RotatingFile:
         self._path = path
         self._size = size
         self._keep = keep
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = self._open()
 
     def write(self, line: bytes) -> None:
@@ -119,14 +125,14 @@ class RotatingFile:
         os.close(self._fd)
 
     def _open(self) -> int:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
     def _follow(self) -> None:
         """Be at the file that now has the name, and rotate it if it is full."""
         ours = os.fstat(self._fd)
         if not self._is_current(ours):
-            os.close(self._fd)
-            self._fd = self._open()
+            self._change_to(self._open())
             ours = os.fstat(self._fd)
         if ours.st_size < self._size:
             return
@@ -135,17 +141,21 @@ class RotatingFile:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_current(ours):
                 self._rotate()
-                os.close(self._fd)
-                self._fd = self._open()
+                self._change_to(self._open())
         except BlockingIOError:
             pass
         finally:
             os.close(lock)
 
+    def _change_to(self, fd: int) -> None:
+        """Take the new file, which is open: a number that was closed before could be another's by the next line."""
+        os.close(self._fd)
+        self._fd = fd
+
     def _is_current(self, ours: os.stat_result) -> bool:
         try:
             named = self._path.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return (named.st_dev, named.st_ino) == (ours.st_dev, ours.st_ino)
 
