@@ -35,6 +35,19 @@ async def test_every_route_needs_a_key() -> None:
                     assert bad.status_code == 401, f"{method} {path} answers with a wrong key"
 
 
+async def test_docs_offer_to_send_a_key_wherever_one_counts() -> None:
+    for auth in ("keys", "open"):
+        async with client(house(auth=auth).stand) as http:
+            paths = (await http.get("/openapi.json")).json()["paths"]
+        asks = {path: each["security"] for path, methods in paths.items() for each in methods.values()}
+        assert {path for path, keys in asks.items() if not keys} == OPEN_TO_ALL & set(paths)
+        may_do_without = {path for path, keys in asks.items() if {} in keys}
+        assert all({"bearer": []} in keys for keys in asks.values() if keys)
+        assert "/chat/secure" not in may_do_without
+        assert ({"/chat", "/v1/chat/completions", "/v1/models", "/metrics"} <= may_do_without) == (auth == "open")
+        assert bool(may_do_without) == (auth == "open")
+
+
 async def test_a_route_without_a_gate_lets_nobody_in() -> None:
     async def endpoint(request: Any) -> Any:
         raise AssertionError

@@ -56,7 +56,7 @@ _REFUSED: dict[int | str, Any] = {
     503: {"model": NativeError, "description": "Not now"},
 }
 _UNAUTHORIZED: dict[int | str, Any] = {401: {"model": NativeError, "description": "No key, or one that the server doesn't know"}}
-_SECURED: dict[str, Any] = {"security": [{"bearer": []}]}
+_BEARER: dict[str, list[str]] = {"bearer": []}
 _OPENAI: dict[int | str, Any] = {400: OPENAI_ERROR, 404: OPENAI_ERROR}
 
 
@@ -165,7 +165,17 @@ def _add_routes(
     usage = Gate(callers, "usage")
     administration = Gate(callers, "admin", always=True)
 
-    def add(method: str, path: str, endpoint: Endpoint, tag: str, *, gate: Gate | None = inference, **documented: Any) -> None:
+    def add(
+        method: str,
+        path: str,
+        endpoint: Endpoint,
+        tag: str,
+        *,
+        gate: Gate | None = inference,
+        body: dict[str, Any] | None = None,
+        **documented: Any,
+    ) -> None:
+        keys = [] if gate is None else [_BEARER] if gate.always or callers.key_required else [_BEARER, {}]
         app.router.add_api_route(
             path,
             endpoint,
@@ -173,6 +183,7 @@ def _add_routes(
             tags=[tag],
             response_model=None,
             route_class_override=Route,
+            openapi_extra={"security": keys, **(body or {})},
             **documented,
         )
         made = app.router.routes[-1]
@@ -181,22 +192,22 @@ def _add_routes(
 
     # The busiest come first: routes are tried in order.
     add("POST", "/v1/chat/completions", openai_chat.create, "OpenAI", name="chat_completions",
-        openapi_extra=takes("ChatCompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
+        body=takes("ChatCompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
     add("POST", "/v1/completions", openai_completions.create, "OpenAI", name="completions",
-        openapi_extra=takes("CompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
+        body=takes("CompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
     add("POST", "/chat", chat.chat, "Chat",
-        openapi_extra=takes("ChatQuestion"), responses={200: {"model": ChatReply}, **_REFUSED})  # fmt: skip
+        body=takes("ChatQuestion"), responses={200: {"model": ChatReply}, **_REFUSED})  # fmt: skip
     add("POST", "/chat/stream", chat.stream, "Chat",
-        openapi_extra=takes("ChatQuestion"), responses={200: STREAM, **_REFUSED})  # fmt: skip
+        body=takes("ChatQuestion"), responses={200: STREAM, **_REFUSED})  # fmt: skip
     add("POST", "/chat/batch", chat.batch, "Chat",
-        openapi_extra=takes("ChatQuestion", many=True), responses={200: {"model": BatchReply}, **_REFUSED})  # fmt: skip
+        body=takes("ChatQuestion", many=True), responses={200: {"model": BatchReply}, **_REFUSED})  # fmt: skip
     add("POST", "/chat/secure", chat.secure, "Chat", gate=Gate(callers, "inference", always=True),
-        openapi_extra=takes("ChatQuestion") | _SECURED,
+        body=takes("ChatQuestion"),
         responses={200: {"model": ChatReply}, **_REFUSED, **_UNAUTHORIZED})  # fmt: skip
     add("POST", "/tokenize", tokens.tokenize, "Tokens",
-        openapi_extra=takes("TokenizeQuestion"), responses={200: {"model": TokenizeReply}, **_REFUSED})  # fmt: skip
+        body=takes("TokenizeQuestion"), responses={200: {"model": TokenizeReply}, **_REFUSED})  # fmt: skip
     add("POST", "/detokenize", tokens.detokenize, "Tokens",
-        openapi_extra=takes("DetokenizeQuestion"), responses={200: {"model": DetokenizeReply}, **_REFUSED})  # fmt: skip
+        body=takes("DetokenizeQuestion"), responses={200: {"model": DetokenizeReply}, **_REFUSED})  # fmt: skip
     add("GET", "/v1/models", openai_models.list, "OpenAI", name="models", responses={200: JSON_OBJECT})
     add("GET", "/v1/models/{model:path}", openai_models.retrieve, "OpenAI", name="model", responses={200: JSON_OBJECT, 404: OPENAI_ERROR})
     add("GET", "/health", health.health, "Health", gate=None)
@@ -207,17 +218,17 @@ def _add_routes(
     on_the_spot = Gate(callers, "admin", always=True, local=True)
     to_look_at = Gate(callers, "admin", always=True, local=True, shown=True)
     add("GET", "/admin/ps", admin.ps, "Health", gate=to_look_at, name="ps", include_in_schema=False)
-    add("POST", "/admin/reload", admin.reload, "Administration", gate=on_the_spot, name="reload", openapi_extra=_SECURED)
-    add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats", openapi_extra=_SECURED)
-    add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge", openapi_extra=_SECURED)
+    add("POST", "/admin/reload", admin.reload, "Administration", gate=on_the_spot, name="reload")
+    add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats")
+    add("DELETE", "/admin/cache", cache.purge, "Administration", gate=on_the_spot, name="cache_purge")
     several = AdminModels(serving)
-    add("GET", "/admin/models", several.list, "Administration", gate=on_the_spot, name="admin_models", openapi_extra=_SECURED)
-    add("GET", "/admin/models/{model:path}", several.show, "Administration", gate=on_the_spot, name="admin_model", openapi_extra=_SECURED)
+    add("GET", "/admin/models", several.list, "Administration", gate=on_the_spot, name="admin_models")
+    add("GET", "/admin/models/{model:path}", several.show, "Administration", gate=on_the_spot, name="admin_model")
     for action, do in (("load", several.load), ("unload", several.unload), ("promote", several.promote), ("rollback", several.rollback)):
         path = f"/admin/models/{{model:path}}/{action}"
-        add("POST", path, do, "Administration", gate=on_the_spot, name=f"model_{action}", openapi_extra=_SECURED)
-    add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True), openapi_extra=_SECURED)
-    add("GET", "/admin/usage", bill.all, "Usage", gate=on_the_spot, name="admin_usage", openapi_extra=_SECURED)
+        add("POST", path, do, "Administration", gate=on_the_spot, name=f"model_{action}")
+    add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True))
+    add("GET", "/admin/usage", bill.all, "Usage", gate=on_the_spot, name="admin_usage")
     for method, path, endpoint in (
         ("GET", "/admin/keys", keys.list),
         ("POST", "/admin/keys", keys.create),
@@ -232,7 +243,7 @@ def _add_routes(
         ("GET", "/admin/audit", keys.audit),
         ("GET", "/admin/errors", errors.list),
     ):
-        add(method, path, endpoint, "Administration", gate=administration, openapi_extra=_SECURED)
+        add(method, path, endpoint, "Administration", gate=administration)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
