@@ -272,6 +272,8 @@ async def test_cors_is_by_configuration() -> None:
         preflight = await http.options("/v1/chat/completions", headers=ask)
         assert preflight.status_code == 200
         assert preflight.headers["x-request-id"]
+        change = await http.options("/admin/tenants/acme", headers=ask | {"Access-Control-Request-Method": "PATCH"})
+        assert change.status_code == 200
         other = await http.get("/health", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
