@@ -266,7 +266,18 @@ def test_the_default_model_is_found_again_offline(default_model: ModelFiles) -> 
     assert pull(catalog.DEFAULT, ModelSection(model="echo", offline=True)).folder == default_model.folder
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen-7B-Chat", "THUDM/chatglm3-6b", "hf:thudm/ChatGLM2-6B", "ms:ZhipuAI/chatglm3-6b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen-7B-Chat",
+        "Qwen/Qwen-14B-Chat-Int4",
+        "THUDM/chatglm3-6b",
+        "hf:thudm/ChatGLM2-6B",
+        "ms:ZhipuAI/chatglm3-6b",
+        "chatglm3-6b",
+        "./models/Qwen-7B-Chat",
+    ],
+)
 def test_the_tutorials_models_are_answered_with_what_takes_their_place(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match="trust_remote_code") as refused:
         resolve(section(tmp_path, name))
@@ -279,7 +290,7 @@ def test_the_tutorials_models_are_answered_with_what_takes_their_place(tmp_path:
 
 def test_all_that_is_superseded_has_a_model_in_its_place() -> None:
     assert all(name == name.lower() and catalog.find(instead) is not None for name, instead in superseded._INSTEAD.items())
-    assert superseded.find("Qwen/Qwen3-8B") is None
+    assert all(superseded.find(name) is None for name in ("Qwen/Qwen3-8B", "glm-4-9b", "zai-org/GLM-4-9B-0414", "other/chatglm3-6b"))
 
 
 def test_who_trusts_remote_code_is_asked_no_further(tmp_path: Path, hub: Hub) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from headrace.errors import ModelError
-from headrace.models import catalog
+from headrace.models import catalog, superseded
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -87,6 +87,9 @@ def _exists(path: Path) -> bool:
 
 
 def _hint(text: str) -> str:
+    old = superseded.find(Path(text).name)
+    if old is not None:
+        return old.advice
     names = [entry.name for entry in catalog.entries()]
     near = difflib.get_close_matches(text.lower(), names, n=3)
     if near:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from headrace.models import catalog
@@ -28,11 +29,10 @@ class Superseded:
 
 
 _INSTEAD = {
-    "qwen/qwen-1_8b-chat": "qwen3-1.7b",
-    "qwen/qwen-7b-chat": "qwen3-8b",
+    "qwen/qwen-1_8b": "qwen3-1.7b",
     "qwen/qwen-7b": "qwen3-8b",
-    "qwen/qwen-14b-chat": "qwen3-14b",
-    "qwen/qwen-72b-chat": "qwen3-32b",
+    "qwen/qwen-14b": "qwen3-14b",
+    "qwen/qwen-72b": "qwen3-32b",
     "thudm/chatglm-6b": "glm-4-9b",
     "thudm/chatglm2-6b": "glm-4-9b",
     "thudm/chatglm2-6b-32k": "glm-4-9b",
@@ -41,22 +41,24 @@ _INSTEAD = {
     "thudm/chatglm3-6b-32k": "glm-4-9b",
     "thudm/chatglm3-6b-128k": "glm-4-9b",
     "thudm/glm-4-9b-chat": "glm-4-9b",
-    "zhipuai/chatglm2-6b": "glm-4-9b",
-    "zhipuai/chatglm3-6b": "glm-4-9b",
-    "zhipuai/chatglm3-6b-32k": "glm-4-9b",
-    "zhipuai/glm-4-9b-chat": "glm-4-9b",
-    "zai-org/chatglm3-6b": "glm-4-9b",
-    "baichuan-inc/baichuan-13b-chat": "qwen3-14b",
-    "baichuan-inc/baichuan2-7b-chat": "qwen3-8b",
-    "baichuan-inc/baichuan2-13b-chat": "qwen3-14b",
+    "baichuan-inc/baichuan-13b": "qwen3-14b",
+    "baichuan-inc/baichuan2-7b": "qwen3-8b",
+    "baichuan-inc/baichuan2-13b": "qwen3-14b",
     "internlm/internlm-chat-7b": "qwen3-8b",
     "internlm/internlm2-chat-7b": "qwen3-8b",
-    "internlm/internlm2_5-7b-chat": "qwen3-8b",
-    "shanghai_ai_laboratory/internlm2-chat-7b": "qwen3-8b",
+    "internlm/internlm2_5-7b": "qwen3-8b",
 }
+_OWNERS = {"zhipuai": "thudm", "zai-org": "thudm", "shanghai_ai_laboratory": "internlm"}
+"""Further names of the same owners, on either hub and over the years."""
+_VARIANT = re.compile(r"(-chat)?(-int[48])?$")
 
 
-def find(repository: str) -> Superseded | None:
-    """The repository `OWNER/NAME`, if it is one of these; case doesn't matter, as on the hubs."""
-    instead = _INSTEAD.get(repository.lower())
-    return None if instead is None else Superseded(repository, instead)
+def find(name: str) -> Superseded | None:
+    """The repository `OWNER/NAME`, or `NAME` alone, if it is one of these; case doesn't matter, as on the hubs."""
+    owner, slash, model = name.lower().rpartition("/")
+    names = model, _VARIANT.sub("", model, count=1)
+    for known, instead in _INSTEAD.items():
+        whose, _, what = known.partition("/")
+        if what in names and (not slash or _OWNERS.get(owner, owner) == whose):
+            return Superseded(name, instead)
+    return None
