@@ -113,6 +113,19 @@ def test_a_refused_prompt_is_not_counted_as_read(running: RunningServer) -> None
     eventually(lambda: read() != before, what="the count")
 
 
+def test_answers_without_a_call_show_the_limits_too(running: RunningServer) -> None:
+    headers = make_key(running, rpm=20, tpm=5000, scopes=READER)
+    assert ask(running, headers).headers["x-ratelimit-remaining-requests"] == "19"
+    answers = [ask(running, headers, temperature=9), ask(running, headers, model="nope")]
+    answers.append(httpx.get(f"{running.url}/v1/models", headers=headers, trust_env=False))
+    assert [answer.status_code for answer in answers] == [400, 404, 200]
+    for answer in answers:
+        assert answer.headers["x-ratelimit-limit-requests"] == "20"
+        assert int(answer.headers["x-ratelimit-remaining-requests"]) >= 19, "they aren't counted"
+        assert answer.headers["x-ratelimit-limit-tokens"] == "5000"
+    assert not [name for name in ask(running, {}).headers if name.startswith("x-ratelimit")]
+
+
 def test_parallel_streams_never_pass_their_budget(running: RunningServer) -> None:
     headers = make_key(running, budget_tokens=3000, budget_period="total")
 

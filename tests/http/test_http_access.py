@@ -21,7 +21,7 @@ async def test_every_route_needs_a_key() -> None:
     routes = [route for route in closed.stand.app.routes if isinstance(route, AnyRoute)]
     assert {route.path for route in routes} > OPEN_TO_ALL
     for number, route in enumerate(routes):
-        path = route.path.replace("{model:path}", "echo-1").replace("{id}", "key_1").replace("{name}", "acme")
+        path = route.path.replace("{model:path}", "echo-1").replace("{id}", "key_1").replace("{name:path}", "acme")
         # An address that tries many bad keys has to wait.
         async with client(closed.stand, f"192.0.2.{number}") as http:
             for method in route.methods or ():
@@ -163,6 +163,9 @@ async def test_keys_are_administered_over_http() -> None:
         assert {entry["actor"] for entry in entries[1:]} == {closed.ids["root"]}
         assert secret not in str(entries)
         assert len((await http.get("/admin/audit?limit=2&since=1h", headers=bearer(root))).json()["entries"]) == 2
+        assert (await http.post("/admin/tenants", json={"name": "a/b ü", "rpm": 5}, headers=bearer(root))).status_code == 201
+        assert (await http.get("/admin/tenants/a%2Fb%20%C3%BC", headers=bearer(root))).json()["name"] == "a/b ü"
+        assert (await http.patch("/admin/tenants/a%2Fb%20%C3%BC", json={"rpm": 6}, headers=bearer(root))).json()["rpm"] == 6
 
 
 @pytest.mark.parametrize(

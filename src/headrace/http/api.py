@@ -43,6 +43,7 @@ from headrace.http.trace_context import TraceContext
 from headrace.http.usage import UsageRoutes
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
+from headrace.policies.limit_requests import ShowLimits
 from headrace.ports import ErrorBook, Ledger
 from headrace.served import ServedModels
 from headrace.stores.bookkeeper import Bookkeeper
@@ -74,6 +75,7 @@ def create_api(
     errors: ErrorBook | None = None,
     tracker: ErrorTracker | None = None,
     tally: RequestTally | None = None,
+    show_limits: ShowLimits | None = None,
 ) -> FastAPI:
     """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
@@ -137,6 +139,7 @@ def create_api(
         control=control,
         tracker=tracker,
         tally=tally,
+        show_limits=show_limits,
     )
     return app
 
@@ -238,8 +241,8 @@ def _add_routes(
         ("POST", "/admin/keys/{id}/rotate", keys.rotate),
         ("GET", "/admin/tenants", keys.tenants),
         ("POST", "/admin/tenants", keys.create_tenant),
-        ("GET", "/admin/tenants/{name}", keys.tenant),
-        ("PATCH", "/admin/tenants/{name}", keys.set_tenant),
+        ("GET", "/admin/tenants/{name:path}", keys.tenant),
+        ("PATCH", "/admin/tenants/{name:path}", keys.set_tenant),
         ("GET", "/admin/audit", keys.audit),
         ("GET", "/admin/errors", errors.list),
     ):

@@ -21,6 +21,7 @@ from headrace.http.request_tally import RequestTally
 from headrace.http.serving import Control
 from headrace.logs import REQUEST_ID
 from headrace.policies.cache import HEADER as CACHE_HEADER
+from headrace.policies.limit_requests import ShowLimits
 from headrace.served import ServedModels
 
 CLIENT_HUNG_UP = 499
@@ -59,8 +60,10 @@ class Edge:
         control: Control | None = None,
         tracker: ErrorTracker | None = None,
         tally: RequestTally | None = None,
+        show_limits: ShowLimits | None = None,
     ) -> None:
         self._app = app
+        self._show_limits = show_limits
         self._tracker = tracker
         self._tally = tally
         self._control = control
@@ -91,7 +94,7 @@ class Edge:
         async def send_with_ours(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *ours, *journey_headers(exchange)]
+                message["headers"] = [*message.get("headers", ()), *ours, *self._said(exchange)]
                 if self._control is not None and self._control.leaving:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -111,6 +114,12 @@ class Edge:
             exchange.send = exchange.line = None
             exchange.error = None
             scope.pop(LINE, None)
+
+    def _said(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
+        if exchange.calls or exchange.caller is None or self._show_limits is None:
+            return journey_headers(exchange)
+        shown = self._show_limits(exchange.caller, exchange.address)
+        return [(name.encode(), value.encode()) for name, value in shown.items()]
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from headrace.claims import Claim, claim_of, parse_rate
-from headrace.types import Call, KeyRecord, TenantRecord
+from headrace.types import Call, Caller, KeyRecord, TenantRecord
 
 BEYOND_LOOPBACK = "10/minute"
 """Anonymous callers' limit on a server that others can reach, unless the configuration says otherwise; the tutorial's."""
@@ -32,15 +32,25 @@ class Claimants:
     def claims(self, call: Call) -> tuple[Claim, ...]:
         """Those with a limit, the narrowest first; none for most callers."""
         if call.caller is None:
-            if self._anonymous is None or call.key is not None:
-                return ()
-            requests, window = self._anonymous
-            return (Claim(f"address:{network_of(call.address)}", requests=requests, window=window),)
-        kept = self._kept.get(call.caller.id)
-        if kept is None or kept[0] is not call.caller or kept[1] is not call.caller_tenant:
+            return () if call.key is not None else self._of_address(call.address)
+        return self._of_key(call.caller, call.caller_tenant)
+
+    def claims_of(self, caller: Caller, address: str) -> tuple[Claim, ...]:
+        """Those of a caller of whose request no call was made."""
+        return self._of_address(address) if caller.key is None else self._of_key(caller.key, caller.tenant)
+
+    def _of_address(self, address: str) -> tuple[Claim, ...]:
+        if self._anonymous is None:
+            return ()
+        requests, window = self._anonymous
+        return (Claim(f"address:{network_of(address)}", requests=requests, window=window),)
+
+    def _of_key(self, key: KeyRecord, tenant: TenantRecord | None) -> tuple[Claim, ...]:
+        kept = self._kept.get(key.id)
+        if kept is None or kept[0] is not key or kept[1] is not tenant:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
-            kept = self._kept[call.caller.id] = call.caller, call.caller_tenant, claims_of(call.caller, call.caller_tenant)
+            kept = self._kept[key.id] = key, tenant, claims_of(key, tenant)
         return kept[2]
 
 

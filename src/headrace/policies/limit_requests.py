@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from headrace.policies.claimants import Claimants
-from headrace.policies.rate_answers import refusal, show_limits
+from headrace.policies.rate_answers import limit_headers, refusal, show_limits
 from headrace.ports import Limits
-from headrace.types import Call
+from headrace.types import Call, Caller
 from headrace.unwinding import before
 
 
@@ -24,3 +24,15 @@ class LimitRequests:
             show_limits(call, claims, rooms)
             if refused is not None:
                 raise refusal(claims, refused)
+
+
+class ShowLimits:
+    """The `x-ratelimit-*` headers of answers to requests of which no call was made, such as bodies that can't be read."""
+
+    def __init__(self, claimants: Claimants, limits: Limits) -> None:
+        self._claimants = claimants
+        self._limits = limits
+
+    def __call__(self, caller: Caller, address: str) -> dict[str, str]:
+        claims = self._claimants.claims_of(caller, address)
+        return limit_headers(claims, self._limits.peek(claims)[1]) if claims else {}
