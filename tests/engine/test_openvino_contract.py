@@ -41,11 +41,19 @@ def test_inputs(paged: ov.Model) -> None:
 def test_outputs(paged: ov.Model) -> None:
     outputs = {port.get_any_name(): (str(port.get_partial_shape()), port.get_element_type().get_type_name()) for port in paged.outputs}
     assert outputs == {
-        "top_logits": (f"[?,1..{TOP}]", "f32"),
-        "top_ids": (f"[?,1..{TOP}]", "i64"),
+        "top_logits": (f"[?,{TOP}]", "f32"),
+        "top_ids": (f"[?,{TOP}]", "i64"),
         "logsumexp": ("[?]", "f32"),
         "logits": ("[?,49152]", "f32"),
     }
+
+
+@pytest.mark.slow
+def test_products(paged: ov.Model) -> None:
+    """Of each layer one for queries, keys and values, and one for what attention says; three of its MLP; and the vocabulary's."""
+    products = [node for node in paged.get_ops() if node.get_type_name() == "MatMul"]
+    assert len(products) == 5 * 30 + 1
+    assert all(node.get_attributes()["transpose_b"] for node in products), "rotary angles are no matrix product"
 
 
 @pytest.mark.slow

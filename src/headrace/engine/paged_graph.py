@@ -1,9 +1,9 @@
 """Turns an exported OpenVINO model into the graph that a step of the engine runs.
 
-Four changes: products of the same rows become one (`merged_products.py`), attention reads and writes paged KV
-blocks (OpenVINO's own transformation, which lives in a private module; tests/engine/test_openvino_contract.py guards it),
-only the asked rows reach the last matrix product, and the likeliest tokens and the log-sum-exp come out beside the logits.
-Where only the likeliest token of each row is wanted, the others and the log-sum-exp, up to 6 % of a step, aren't computed.
+Attention reads and writes paged KV blocks (OpenVINO's own transformation, which lives in a private module;
+tests/engine/test_openvino_contract.py guards it), only the asked rows reach the last matrix product, and the likeliest tokens
+and the log-sum-exp come out beside the logits where they are wanted: they take up to 6 % of a step. What the export says more
+dearly than it need be is said cheaply: products of the same rows (`merged_products.py`), and rotary angles.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INSTEAD = "Serve a plain decoder (Llama, Qwen, Phi, Mistral, Gemma and the like
 
 def page(model: openvino.Model) -> None:
     """Change `model` in place. Its outputs become `top_logits`, `top_ids` [R, k], `logsumexp` [R] and `logits` [R, vocabulary]. Where the
-    scalar `CANDIDATES_INPUT` is false, k is 1 and `logsumexp` is the row's largest logit.
+    scalar `CANDIDATES_INPUT` is false, R is 0 but for the logits.
 
     Raises `ModelError` for a model whose attention can't be paged, such as one with recurrent state.
     """
@@ -42,6 +42,7 @@ def page(model: openvino.Model) -> None:
     if "input_ids" not in inputs:
         raise ModelError(f"This model takes {', '.join(sorted(inputs))}, not token ids. {_INSTEAD}")
     merge_products(model)
+    _multiply_columns_by_rows(model)
     try:
         paged_attention_transformation(model)
     except RuntimeError as error:
@@ -96,17 +97,13 @@ def _head(model: openvino.Model) -> None:
 
 
 def _candidates(wanted: Any, logits: Any, k: int) -> list[Any]:
-    """Of each row the `k` largest logits [R, k], their tokens, and the log-sum-exp [R, 1]; unless `wanted`, the largest logit only,
-    its token, and it again.
-    """
+    """Of each row the `k` largest logits [R, k], their tokens, and the log-sum-exp [R, 1]; unless `wanted`, of no row."""
     import openvino as ov
     import openvino.opset15 as op
 
-    def largest(values: Any, count: int) -> Any:
-        return op.topk(values, op.constant(np.int64(count)), axis=1, mode="max", sort="value", index_element_type="i64")
-
     rows = op.parameter(logits.get_output_partial_shape(0), np.float32)
-    top, first, axis = largest(rows, k), op.constant(np.array([0], np.int64)), op.constant(np.int64(1))
+    top = op.topk(rows, op.constant(np.int64(k)), axis=1, mode="max", sort="value", index_element_type="i64")
+    first, axis = op.constant(np.array([0], np.int64)), op.constant(np.int64(1))
     # From the probability of the likeliest: a softmax goes through a row once, where exp and sum write it out in between.
     best = op.gather_elements(op.softmax(rows, 1), op.gather(top.output(1), first, axis), 1)
     all_of_them = [
@@ -114,18 +111,28 @@ def _candidates(wanted: Any, logits: Any, k: int) -> list[Any]:
         op.result(top.output(1)),
         op.result(op.subtract(op.gather(top.output(0), first, axis), op.log(best))),
     ]
-
-    logit, token = op.parameter([-1, 1], np.float32), op.parameter([-1, 1], np.int64)
-    only_one = [op.result(logit), op.result(token), op.result(logit)]
+    none = [op.result(op.constant(np.empty((0, width), kind))) for width, kind in ((k, np.float32), (k, np.int64), (1, np.float32))]
 
     choice = op.if_op(wanted.output(0))
     choice.set_then_body(ov.Model(all_of_them, [rows]))
-    choice.set_else_body(ov.Model(only_one, [logit, token]))
-    one = largest(logits, 1)
+    choice.set_else_body(ov.Model(none, []))
     choice.set_input(logits.output(0), rows, None)
-    choice.set_input(one.output(0), None, logit)
-    choice.set_input(one.output(1), None, token)
-    return [choice.set_output(each, other) for each, other in zip(all_of_them, only_one, strict=True)]
+    return [choice.set_output(each, other) for each, other in zip(all_of_them, none, strict=True)]
+
+
+def _multiply_columns_by_rows(model: openvino.Model) -> None:
+    """A matrix product of a column and a row is a multiplication. The rotary angles of exported models are one for each token: positions
+    by frequencies, 0.2 ms of a step."""
+    import openvino.opset15 as op
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or any(node.get_attributes()[side] for side in ("transpose_a", "transpose_b")):
+            continue
+        column, row = (value.get_partial_shape() for value in node.input_values())
+        if column.rank.is_static and column.rank == row.rank and len(column) > 1 and column[-1] == row[-2] == 1:
+            product = op.multiply(node.input_value(0), node.input_value(1))
+            for target in list(node.output(0).get_target_inputs()):
+                target.replace_source_output(product.output(0))
 
 
 def _last_product(result: Any) -> Any:
