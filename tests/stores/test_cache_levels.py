@@ -79,6 +79,10 @@ async def test_a_purge_reaches_other_processes_memory(kind: str, tmp_path: Path,
 
     one, two = levels(), levels()
     await one.purge()
+    assert await one.purge() == 0
+    size = (await one.sizes())[kind]
+    assert size is not None
+    assert size.entries == 0
     one.keep(b"a", b"1", ADA)
     one.keep(b"b", b"2", BOB)
     await written(one, 2)

@@ -156,6 +156,8 @@ class CacheLevels:
             return dropped
         if self._under_way is not None:
             await asyncio.shield(self._under_way)
+        # The last purge's mark is no answer, so it isn't counted as one.
+        await self._second.purge(tenant=_OURS.tenant, model=_OURS.model)
         dropped = max(dropped, await self._second.purge(tenant=tenant, model=model, key=key))
         self._mark = os.urandom(16)
         await self._second.put(_MARK, self._mark, _OURS, self._ttl + self._grace + 60)
@@ -169,7 +171,8 @@ class CacheLevels:
             if isinstance(self._second, Sized):
                 with contextlib.suppress(StoreUnavailable, TimeoutError):
                     async with asyncio.timeout(WRITE_TIMEOUT):
-                        sizes[self._name] = await self._second.size()
+                        size, mark = await self._second.size(), await self._second.get(_MARK)
+                        sizes[self._name] = CacheSize(size.entries - (mark is not None), size.bytes)
         return sizes
 
     async def close(self) -> None:
