@@ -18,6 +18,7 @@ from headrace.engine.remote import RemoteEngine
 from headrace.engine.remote_wire import PSEUDO_TOKEN, EventLines
 from headrace.errors import (
     BadRequest,
+    ContextLengthExceeded,
     DeadlineExceeded,
     EngineUnavailable,
     HeadraceError,
@@ -224,6 +225,25 @@ async def test_without_streams(upstream: Upstream, engine: RemoteEngine) -> None
         assert isinstance(events[-1], Report)
         assert events[-1].completion_tokens == 2
     assert [body["stream"] for _, body, _ in upstream.asked] == [True, False, False]
+
+
+async def test_a_refused_request_takes_no_streams_from_the_others(upstream: Upstream, engine: RemoteEngine) -> None:
+    refused = Reply([b'{"error": {"message": "stop: \'stream\' is not allowed"}}'], 400, "application/json")
+    wordless = Reply([b"[]"], 400, "application/json")
+    for replies in ([refused, refused], [wordless]):
+        upstream.replies = [*replies]
+        with pytest.raises(BadRequest):
+            await collect(engine, ask())
+    upstream.replies = [Reply([chunk("x", "stop"), DONE])]
+    assert said(await collect(engine, ask())) == "x"
+    assert [body["stream"] for _, body, _ in upstream.asked] == [True, False, True, True]
+
+
+async def test_a_prompt_that_is_too_long_for_the_upstream_is_told_as_ours(upstream: Upstream, engine: RemoteEngine) -> None:
+    body = b'{"error": {"message": "at most 8192 tokens", "code": "context_length_exceeded"}}'
+    upstream.replies = [Reply([body], 400, "application/json")]
+    with pytest.raises(ContextLengthExceeded, match="at most 8192"):
+        await collect(engine, ask())
 
 
 async def test_without_stream_options(upstream: Upstream, engine: RemoteEngine) -> None:

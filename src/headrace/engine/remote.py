@@ -7,6 +7,7 @@ one token (`remote_wire.PSEUDO_TOKEN`) until the upstream's usage, in the `Repor
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -28,6 +29,9 @@ SILENCE = 600.0
 MAX_ANSWER = 64 * 1024 * 1024
 """Bytes of an answer that isn't streamed."""
 _CONTEXT_FIELDS = ("context_length", "max_model_len", "context_window")
+_OF_USAGE = re.compile(r"stream_options|include_usage", re.IGNORECASE)
+"""In a refusal: the upstream may do without."""
+_OF_STREAMS = re.compile(r"\bstream(s|ing|ed)?\b", re.IGNORECASE)
 
 
 class RemoteEngine:
@@ -167,22 +171,24 @@ class RemoteEngine:
         self, client: httpx.AsyncClient, model: str, request: GenerateRequest, answer: Answer
     ) -> AsyncGenerator[list[Event], None]:
         """Streamed if the upstream can do that; it is asked again without what it refuses."""
+        streams, usage = self._streams, self._usage
         while True:
-            streams, usage = self._streams, self._usage
             try:
                 batches = self._request(client, model, request, answer, stream=streams, usage=usage)
                 try:
                     async for batch in batches:
+                        # Kept once it has helped: what one request was refused for says nothing about the others.
+                        self._streams &= streams
+                        self._usage &= usage
                         yield batch
                 finally:
                     await batches.aclose()
                 return
             except BadRequest as refused:
-                said = refused.message.lower()
-                if usage and streams and ("stream_options" in said or "include_usage" in said):
-                    self._usage = False
-                elif streams and "stream" in said:
-                    self._streams = False
+                if usage and streams and _OF_USAGE.search(refused.message):
+                    usage = False
+                elif streams and _OF_STREAMS.search(refused.message):
+                    streams = False
                 else:
                     raise
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.errors import BadRequest, HeadraceError, ModelNotFound, Overloaded, RateLimited, UpstreamError
+from headrace.errors import BadRequest, ContextLengthExceeded, HeadraceError, ModelNotFound, Overloaded, RateLimited, UpstreamError
 from headrace.types import Delta, Event, FinishReason, GenerateRequest, Message, Report, Sampling
 
 UNLIMITED = 1_000_000
@@ -184,9 +184,10 @@ def _count(value: Any, default: int) -> int:
 def refusal(status: int, body: bytes, headers: Mapping[str, str]) -> HeadraceError:
     """The error that a refusing answer means for our client. What it says of the server's own key is kept to ourselves."""
     try:
-        said = error_message(json.loads(body))
+        answer = json.loads(body)
     except (ValueError, RecursionError):
-        said = ""
+        answer = None
+    said = error_message(answer)
     told = f": {said}" if said else "."
     if status in (401, 403):
         return UpstreamError("The upstream server refused this server's key; set HEADRACE_REMOTE_API_KEY.")
@@ -197,7 +198,8 @@ def refusal(status: int, body: bytes, headers: Mapping[str, str]) -> HeadraceErr
     if status == 503:
         return Overloaded(f"The upstream server is not available{told}", retry_after=retry_after(headers))
     if 400 <= status < 500:
-        return BadRequest(said or f"The upstream server refused the request with status {status}.")
+        kind = ContextLengthExceeded if _code(answer) == ContextLengthExceeded.code else BadRequest
+        return kind(said or f"The upstream server refused the request with status {status}.")
     return UpstreamError(f"The upstream server failed with status {status}{told}", retry_after=retry_after(headers))
 
 
@@ -209,6 +211,13 @@ def error_message(said: Any) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail")
     return error[:1000] if isinstance(error, str) else ""
+
+
+def _code(said: Any) -> Any:
+    if not isinstance(said, dict):
+        return None
+    error = said.get("error", said)
+    return error.get("code") if isinstance(error, dict) else None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
