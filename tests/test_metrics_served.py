@@ -18,6 +18,11 @@ def value(text: str, name: str) -> float:
 @pytest.mark.slow
 def test_both_processes_are_added_up(tmp_path: Path) -> None:
     with RunningServer(tmp_path, "echo", environment={"MAX_WORKERS": "2", "HEADRACE_ANONYMOUS_LIMIT": "60/hour"}) as server:
+        # Dashboards and rules ask for names before anything of the kind has happened.
+        begun = httpx.get(f"{server.url}/metrics", trust_env=False).text
+        for name in ("errors", "limit_refusals", "filter_actions", "retries", "fallbacks", "response_cache", "completion_tokens"):
+            assert begun.count(f"# TYPE headrace_{name}_total counter") == 1
+        assert begun.count("# TYPE headrace_time_to_first_token_seconds histogram") == 1
         sent = refused = 0
 
         def both_served() -> bool:

@@ -32,6 +32,7 @@ from headrace.served import ServedModel, ServedModels
 from headrace.types import CircuitState, DeathCause
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
 
 _REQUEST_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -228,8 +229,23 @@ class Metrics:
         if not self._shared:
             return bytes(generate_latest(self.registry)) + bytes(generate_latest(engines))
         added_up = CollectorRegistry()
-        MultiProcessCollector(added_up)
+        added_up.register(_OfAllProcesses(MultiProcessCollector(None), self.registry))
         return bytes(generate_latest(added_up)) + bytes(generate_latest(engines))
+
+
+class _OfAllProcesses:
+    """What the processes have counted, added up. The files know only what was counted once; the rest is there, too, without samples."""
+
+    def __init__(self, counted: Any, known: CollectorRegistry) -> None:
+        self._counted = counted
+        self._known = known
+
+    def collect(self) -> Iterator[Metric]:
+        there = set()
+        for metric in self._counted.collect():
+            there.add(metric.name)
+            yield metric
+        yield from (metric for metric in self._known.collect() if metric.name not in there)
 
 
 class _Engines:
