@@ -11,6 +11,7 @@ from headrace.cli.checks import (
     check_address,
     check_cores,
     check_disk,
+    check_engine,
     check_fit,
     check_memory,
     check_packages,
@@ -26,7 +27,7 @@ from headrace.config import AccessSection, Config, EngineSection, FleetSection, 
 from headrace.engine.processor import features, kv_element_bytes
 from headrace.errors import ModelError
 from headrace.models import catalog
-from headrace.models.engine_choice import FORMATS
+from headrace.models.engine_choice import FORMATS, Machine
 
 GIB = 2**30
 
@@ -233,3 +234,11 @@ def test_names_of_older_tutorials_are_answered_with_what_takes_their_place(tmp_p
 def test_a_name_says_the_format(source: str, format: str) -> None:
     assert by_name(source).format == format
     assert all(by_name(entry.source).format in FORMATS for entry in catalog.entries())
+
+
+@pytest.mark.parametrize(("installed", "status"), [((), "warning"), (("convert",), "ok")])
+def test_what_has_to_be_converted_needs_the_extra(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], status: str) -> None:
+    monkeypatch.setattr(Machine, "found", lambda: Machine(installed=frozenset(installed)))
+    (check,) = check_engine(Config(model=ModelSection(model="hf:OWNER/NAME", engine="openvino")))
+    assert check.status == status
+    assert ("headrace[convert]" in check.advice) == (status == "warning")

@@ -25,6 +25,7 @@ from headrace.cli.models import readable
 from headrace.config import Config
 from headrace.engine.kv_budget import SHARE
 from headrace.errors import ConfigError, ModelError
+from headrace.models.engine_choice import Machine
 
 GIB = 2**30
 
@@ -243,7 +244,11 @@ def check_engine(config: Config) -> list[Check]:
         model, choice, path = found
         facts: dict[str, object] = {"engine": choice.engine, "format": model.format, "reason": choice.reason}
         if choice.engine != "transformers" or path is None:
-            return [Check("Engine", "ok", explained(model, choice, known=path is not None), facts=facts)]
+            detail = explained(model, choice, known=path is not None)
+            if choice.engine == "openvino" and model.format == "safetensors" and "convert" not in Machine.found().installed:
+                advice = "Converting it, if that wasn't done before, takes the extra: pip install 'headrace[convert]'."
+                return [Check("Engine", "warning", detail, advice, facts)]
+            return [Check("Engine", "ok", detail, facts=facts)]
         fit, free, where = torch_fit(config, path)
     except ModelError as error:
         return [Check("Engine", "failed", "no engine can serve this model as configured", error.message)]
