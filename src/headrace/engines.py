@@ -466,19 +466,7 @@ class EngineClient:
                     self._counted(stream, report)
                 stream.wake()
         elif isinstance(message, Failed):
-            stream = self._submitted.pop(message.handle, None)
-            if stream is not None and message.code == EngineDied.code:
-                self._after_death(stream, self._last_step())
-                if stream.handle not in self._waiting and not stream.done:
-                    self._counted(stream, None)
-            elif stream is not None:
-                self._counted(stream, None)
-                stream.fail(revive(message.code, message.message, message.param, message.retry_after))
-            elif (left := self._left.pop(message.handle, None)) is not None:
-                self._counted(left, None, cut=True)
-            self._tell_if_empty()
-            if self._waiting and self._connection is None:
-                self.move_on()
+            self._failed(message)
         elif isinstance(message, Ended):
             left = self._left.pop(message.handle, None)
             if left is not None:
@@ -494,6 +482,23 @@ class EngineClient:
         elif isinstance(message, Stats):
             self._stats = message.stats
             self._wake_stats_waiters()
+
+    def _failed(self, message: Failed) -> None:
+        # Made before the request is forgotten: nobody else would end it.
+        error = revive(message.code, message.message, message.param, message.retry_after)
+        stream = self._submitted.pop(message.handle, None)
+        if stream is not None and isinstance(error, EngineDied):
+            self._after_death(stream, self._last_step())
+            if stream.handle not in self._waiting and not stream.done:
+                self._counted(stream, None)
+        elif stream is not None:
+            self._counted(stream, None)
+            stream.fail(error)
+        elif (left := self._left.pop(message.handle, None)) is not None:
+            self._counted(left, None, cut=True)
+        self._tell_if_empty()
+        if self._waiting and self._connection is None:
+            self.move_on()
 
     def _hello(self, hello: Hello, connection: FrameConnection[FromWorker]) -> None:
         self._card = hello.card

@@ -34,8 +34,6 @@ class Fault:
 class InvalidBody(BadRequest):
     """The body isn't what the route takes. There is at least one fault."""
 
-    code = "invalid_request"
-
     def __init__(self, faults: Sequence[Fault]) -> None:
         first = faults[0]
         place = dotted(first.loc)
