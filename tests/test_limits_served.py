@@ -113,17 +113,28 @@ def test_a_refused_prompt_is_not_counted_as_read(running: RunningServer) -> None
     eventually(lambda: read() != before, what="the count")
 
 
-def test_answers_without_a_call_show_the_limits_too(running: RunningServer) -> None:
-    headers = make_key(running, rpm=20, tpm=5000, scopes=READER)
-    assert ask(running, headers).headers["x-ratelimit-remaining-requests"] == "19"
-    answers = [ask(running, headers, temperature=9), ask(running, headers, model="nope")]
+def test_what_is_wrong_counts_in_all_processes_and_shows_the_limits_too(running: RunningServer) -> None:
+    headers = make_key(running, rpm=3, tpm=5000, scopes=READER)
+    answers = [ask(running, headers), ask(running, headers, temperature=9), ask(running, headers, model="nope")]
+    assert [answer.status_code for answer in answers] == [200, 400, 404]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["2", "1", "0"]
+    assert {ask(running, headers).status_code for _ in range(4)} == {429}
     answers.append(httpx.get(f"{running.url}/v1/models", headers=headers, trust_env=False))
-    assert [answer.status_code for answer in answers] == [400, 404, 200]
+    assert answers[-1].status_code == 200
     for answer in answers:
-        assert answer.headers["x-ratelimit-limit-requests"] == "20"
-        assert int(answer.headers["x-ratelimit-remaining-requests"]) >= 19, "they aren't counted"
+        assert answer.headers["x-ratelimit-limit-requests"] == "3"
         assert answer.headers["x-ratelimit-limit-tokens"] == "5000"
     assert not [name for name in ask(running, {}).headers if name.startswith("x-ratelimit")]
+
+
+def test_a_large_body_of_a_caller_over_its_limit_is_answered_while_it_is_sent(running: RunningServer) -> None:
+    headers = make_key(running, rpm=1)
+    assert ask(running, headers).status_code == 200
+    body = {"messages": [{"role": "user", "content": "x" * 7_000_000}]}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=30, trust_env=False) as client:
+        answers = [client.post("/v1/chat/completions", json=body).status_code for _ in range(4)]
+    # One process has heard of the bucket; the other reads one request, and knows from then on.
+    assert answers[1:] == [429] * 3
 
 
 def test_parallel_streams_never_pass_their_budget(running: RunningServer) -> None:

@@ -80,7 +80,7 @@ from headrace.policies.callers import Callers
 from headrace.policies.circuit import Circuit
 from headrace.policies.claimants import Claimants
 from headrace.policies.key_desk import KeyDesk
-from headrace.policies.limit_requests import ShowLimits
+from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prices import Prices
 from headrace.policies.trace import Trace
 from headrace.ports import Ledger, Meters
@@ -460,7 +460,7 @@ async def _run(beginning: Beginning) -> None:
         errors=SqlErrors(database),
         tracker=tracker,
         tally=tally,
-        show_limits=ShowLimits(claimants, limits),
+        limits=LimitRequests(claimants, limits),
     )
     uvicorn_config = uvicorn.Config(
         app,

@@ -20,7 +20,6 @@ from headrace.policies.degrade import Degrade
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.identify import Identify
 from headrace.policies.ledger import KeepBooks
-from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
 from headrace.policies.route import Fallbacks
@@ -64,8 +63,6 @@ class Journey:
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
         steps: list[Step] = [] if trace is None else [trace]
         steps.append(Identify(callers or Callers(config.access)))
-        if limits is not None:
-            steps.append(LimitRequests(claimants, limits))
         steps += filter_steps(config.filters, models=models)
         prepare = Prepare(models, config.server)
         crowds = Crowds(models)

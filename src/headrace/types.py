@@ -636,6 +636,8 @@ class Call:
     """Headers of the answer, whether it is streamed, whole or a refusal; names in lower case."""
     late_headers: Callable[[], dict[str, str]] | None = None
     """Further ones, which are worked out when the answer begins."""
+    counted: bool = False
+    """It was taken from its caller's limits as a request."""
     headers_sent: bool = False
     """The answer has begun, so that nobody would see what is set now."""
     cache: bool | None = None

@@ -14,7 +14,6 @@ from headrace.errors import EngineDied, HeadraceError, RateLimited
 from headrace.journey import Journey
 from headrace.policies import reserve
 from headrace.policies.claimants import Claimants, network_of
-from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.rate_answers import duration
 from headrace.policies.reserve import Reserve
 from headrace.served import ServedModel, ServedModels
@@ -108,7 +107,7 @@ class Stand:
         self.limits = SharedLimits(self.place)
         claimants = Claimants(anonymous, beyond_loopback=True)
         models = ServedModels([ServedModel(ModelFiles(name="m", kind="echo"), engine)])
-        self.journey = Journey([LimitRequests(claimants, self.limits), Prepared(prompt), Reserve(claimants, self.limits)], models)
+        self.journey = Journey([Prepared(prompt), Reserve(claimants, self.limits)], models)
         self.number = 0
 
     def call(self, limits: LimitSpec | None = None, tenant: LimitSpec | None = None, **sampling: Any) -> Call:
@@ -293,14 +292,12 @@ async def test_the_tenant_limits_all_its_keys() -> None:
     assert shown(call)["x-ratelimit-remaining-requests"] == "0"
 
 
-async def test_an_empty_bucket_is_refused_before_the_prompt_is_looked_at() -> None:
+async def test_an_address_has_a_bucket_of_its_own() -> None:
     stand = Stand(SteppingEngine(says=1), anonymous="2/minute")
     for _ in range(2):
         await stand.run(stand.call())
-    call = stand.call()
     with pytest.raises(RateLimited) as refused:
-        await stand.run(call)
-    assert call.request is None
+        await stand.run(stand.call())
     assert refused.value.retry_after == pytest.approx(30, abs=1)
     other = stand.call()
     other.address = "10.1.2.4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -43,7 +44,7 @@ from headrace.http.trace_context import TraceContext
 from headrace.http.usage import UsageRoutes
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
-from headrace.policies.limit_requests import ShowLimits
+from headrace.policies.limit_requests import LimitRequests
 from headrace.ports import ErrorBook, Ledger
 from headrace.served import ServedModels
 from headrace.stores.bookkeeper import Bookkeeper
@@ -75,7 +76,7 @@ def create_api(
     errors: ErrorBook | None = None,
     tracker: ErrorTracker | None = None,
     tally: RequestTally | None = None,
-    show_limits: ShowLimits | None = None,
+    limits: LimitRequests | None = None,
 ) -> FastAPI:
     """The application that one API process serves. Without `callers` and `desk`, keys made at run time end with the process.
 
@@ -101,7 +102,7 @@ def create_api(
         # It would ask on every request whether somebody has set up OpenTelemetry.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger), AdminErrors(errors))
+    _add_routes(app, serving, metrics, callers, desk, AdminCache(cache, models), UsageRoutes(ledger), AdminErrors(errors), limits)
     document(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     # The last added is the outermost.
@@ -139,7 +140,6 @@ def create_api(
         control=control,
         tracker=tracker,
         tally=tally,
-        show_limits=show_limits,
     )
     return app
 
@@ -153,6 +153,7 @@ def _add_routes(
     cache: AdminCache,
     bill: UsageRoutes,
     errors: AdminErrors,
+    limits: LimitRequests | None,
 ) -> None:
     body_limit = int(serving.config.server.max_body_mib * 1048576)
     openai_chat = ChatCompletions(serving, body_limit)
@@ -164,9 +165,11 @@ def _add_routes(
     admin = Admin(serving)
     keys = AdminKeys(desk, body_limit)
 
-    inference = Gate(callers, "inference")
-    usage = Gate(callers, "usage")
-    administration = Gate(callers, "admin", always=True)
+    gated = partial(Gate, callers, limits=limits)
+    inference = gated("inference")
+    asking = gated("inference", counted=True)
+    usage = gated("usage")
+    administration = gated("admin", always=True)
 
     def add(
         method: str,
@@ -194,17 +197,17 @@ def _add_routes(
         made.gate = gate
 
     # The busiest come first: routes are tried in order.
-    add("POST", "/v1/chat/completions", openai_chat.create, "OpenAI", name="chat_completions",
+    add("POST", "/v1/chat/completions", openai_chat.create, "OpenAI", gate=asking, name="chat_completions",
         body=takes("ChatCompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
-    add("POST", "/v1/completions", openai_completions.create, "OpenAI", name="completions",
+    add("POST", "/v1/completions", openai_completions.create, "OpenAI", gate=asking, name="completions",
         body=takes("CompletionRequest"), responses={200: JSON_OR_STREAM, **_OPENAI})  # fmt: skip
-    add("POST", "/chat", chat.chat, "Chat",
+    add("POST", "/chat", chat.chat, "Chat", gate=asking,
         body=takes("ChatQuestion"), responses={200: {"model": ChatReply}, **_REFUSED})  # fmt: skip
-    add("POST", "/chat/stream", chat.stream, "Chat",
+    add("POST", "/chat/stream", chat.stream, "Chat", gate=asking,
         body=takes("ChatQuestion"), responses={200: STREAM, **_REFUSED})  # fmt: skip
-    add("POST", "/chat/batch", chat.batch, "Chat",
+    add("POST", "/chat/batch", chat.batch, "Chat", gate=asking,
         body=takes("ChatQuestion", many=True), responses={200: {"model": BatchReply}, **_REFUSED})  # fmt: skip
-    add("POST", "/chat/secure", chat.secure, "Chat", gate=Gate(callers, "inference", always=True),
+    add("POST", "/chat/secure", chat.secure, "Chat", gate=gated("inference", always=True, counted=True),
         body=takes("ChatQuestion"),
         responses={200: {"model": ChatReply}, **_REFUSED, **_UNAUTHORIZED})  # fmt: skip
     add("POST", "/tokenize", tokens.tokenize, "Tokens",
@@ -218,8 +221,8 @@ def _add_routes(
     add("GET", "/health/ready", health.ready, "Health", gate=None)
     add("GET", "/health/startup", health.startup, "Health", gate=None)
     add("GET", "/metrics", metrics.scrape, "Health", gate=usage, name="metrics")
-    on_the_spot = Gate(callers, "admin", always=True, local=True)
-    to_look_at = Gate(callers, "admin", always=True, local=True, shown=True)
+    on_the_spot = gated("admin", always=True, local=True)
+    to_look_at = gated("admin", always=True, local=True, shown=True)
     add("GET", "/admin/ps", admin.ps, "Health", gate=to_look_at, name="ps", include_in_schema=False)
     add("POST", "/admin/reload", admin.reload, "Administration", gate=on_the_spot, name="reload")
     add("GET", "/admin/cache", cache.stats, "Administration", gate=on_the_spot, name="cache_stats")
@@ -230,7 +233,7 @@ def _add_routes(
     for action, do in (("load", several.load), ("unload", several.unload), ("promote", several.promote), ("rollback", several.rollback)):
         path = f"/admin/models/{{model:path}}/{action}"
         add("POST", path, do, "Administration", gate=on_the_spot, name=f"model_{action}")
-    add("GET", "/usage", bill.own, "Usage", gate=Gate(callers, "usage", also="inference", always=True))
+    add("GET", "/usage", bill.own, "Usage", gate=gated("usage", also="inference", always=True))
     add("GET", "/admin/usage", bill.all, "Usage", gate=on_the_spot, name="admin_usage")
     for method, path, endpoint in (
         ("GET", "/admin/keys", keys.list),

@@ -21,7 +21,6 @@ from headrace.http.request_tally import RequestTally
 from headrace.http.serving import Control
 from headrace.logs import REQUEST_ID
 from headrace.policies.cache import HEADER as CACHE_HEADER
-from headrace.policies.limit_requests import ShowLimits
 from headrace.served import ServedModels
 
 CLIENT_HUNG_UP = 499
@@ -29,20 +28,19 @@ CLIENT_HUNG_UP = 499
 
 
 def journey_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
-    """What the steps of the journey say in headers, over all calls of the request.
+    """What the steps of the journey say in headers, over all calls of the request, and of the caller's limits also where there is no call.
 
     Where calls say different things the last one counts; but the answer is from the cache only if all of its parts are.
     """
-    if not exchange.calls:
-        return []
-    said: dict[str, str] = {}
+    said = exchange.late_headers() if exchange.late_headers is not None else {}
     for call in exchange.calls:
         said.update(call.headers)
         if call.late_headers is not None:
             said.update(call.late_headers())
         said.update((name.lower(), value) for name, value in call.notes.items())
-    uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
-    said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"
+    if exchange.calls:
+        uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
+        said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"
     return [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in said.items()]
 
 
@@ -60,10 +58,8 @@ class Edge:
         control: Control | None = None,
         tracker: ErrorTracker | None = None,
         tally: RequestTally | None = None,
-        show_limits: ShowLimits | None = None,
     ) -> None:
         self._app = app
-        self._show_limits = show_limits
         self._tracker = tracker
         self._tally = tally
         self._control = control
@@ -94,7 +90,7 @@ class Edge:
         async def send_with_ours(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *ours, *self._said(exchange)]
+                message["headers"] = [*message.get("headers", ()), *ours, *journey_headers(exchange)]
                 if self._control is not None and self._control.leaving:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -114,12 +110,6 @@ class Edge:
             exchange.send = exchange.line = None
             exchange.error = None
             scope.pop(LINE, None)
-
-    def _said(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
-        if exchange.calls or exchange.caller is None or self._show_limits is None:
-            return journey_headers(exchange)
-        shown = self._show_limits(exchange.caller, exchange.address)
-        return [(name.encode(), value.encode()) for name, value in shown.items()]
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ class Exchange:
     """The connection, where it is one of ours."""
     caller: Caller | None = None
     """Who the route's gate let in; None on routes without a gate."""
+    late_headers: Callable[[], dict[str, str]] | None = None
+    """As a call's: how the caller's limits stand."""
+    items: int | None = None
+    """Of a batch: requests that it is."""
     calls: list[Call] = field(default_factory=list)
     error: Exception | None = None
     """What ended the request, where it was an error; that of a call may be another one."""

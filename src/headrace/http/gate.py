@@ -7,10 +7,12 @@ from typing import Any
 
 from starlette.types import Scope as AsgiScope
 
-from headrace.errors import Forbidden
+from headrace.errors import Forbidden, HeadraceError, RateLimited
 from headrace.http.client_address import is_loopback
 from headrace.http.exchange import Exchange
+from headrace.http.hangup import ClientGone
 from headrace.policies.callers import Callers, anonymous
+from headrace.policies.limit_requests import LimitRequests
 from headrace.types import Caller, Scope
 
 
@@ -28,9 +30,27 @@ class Gate:
     """Commands of the operator, on this machine and not through a proxy, need none: they have read the pepper."""
     shown: bool = False
     """With `local`, and where keys are optional: nobody on this machine needs one."""
+    limits: LimitRequests | None = None
+    """They are shown on every answer."""
+    counted: bool = False
+    """What comes here is a request by the caller's limits."""
 
     async def admit(self, exchange: Exchange, scope: AsgiScope) -> None:
-        """Sets `exchange.caller`. Raises as `Callers.admit`."""
+        """Sets `exchange.caller`. Raises as `Callers.admit`, and `RateLimited` where requests are counted and certainly none is left."""
+        await self._identify(exchange, scope)
+        if self.limits is not None:
+            self.limits.look(exchange, refuse=self.counted)
+
+    async def count(self, exchange: Exchange) -> None:
+        """A request that is over, or of a batch those that are: count what nobody has counted and is its caller's fault. Else what is
+        wrong were free, however much of it there is."""
+        if self.limits is not None and self.counted and (times := in_vain(exchange)):
+            for call in exchange.calls:
+                call.counted, call.late_headers = True, None
+            exchange.items = len(exchange.calls)
+            await self.limits.count(exchange, times)
+
+    async def _identify(self, exchange: Exchange, scope: AsgiScope) -> None:
         if self.local and not exchange.forwarded:
             client: Any = scope.get("client")
             known = (self.shown and not self.callers.key_required) or self.callers.is_operator(exchange.token)
@@ -48,3 +68,19 @@ class Gate:
         token, address = exchange.token, exchange.address
         caller = self.callers.quick(token, address, scope, required=self.always)
         return caller or await self.callers.admit(token, address, scope, required=self.always)
+
+
+def in_vain(exchange: Exchange) -> int:
+    """Requests of an exchange that came to nothing by their caller's fault, before a limit had counted them."""
+    if not _blamed(exchange.error):
+        return 0
+    calls = exchange.calls
+    items = 1 if exchange.items is None else exchange.items
+    return max(0, items - len(calls)) + sum(not call.counted and _blamed(call.outcome.error) for call in calls)
+
+
+def _blamed(error: BaseException | None) -> bool:
+    """Whether it is the caller's fault; who hangs up has none."""
+    if isinstance(error, HeadraceError):
+        return error.status < 500 and not isinstance(error, RateLimited)
+    return not isinstance(error, Exception) or isinstance(error, ClientGone)

@@ -70,6 +70,7 @@ class NativeChat:
             message = f"List should have at most {most} items, not {len(questions)} (max_batch)"
             raise InvalidBody([Fault((), message, "too_long")])
         self._serving.wishes(exchange)
+        exchange.items = len(questions)
         async with Watch(request.receive, exchange.line):
             results = await together([self._item(exchange, number, question) for number, question in enumerate(questions)])
         return json_answer({"results": results}, headers=timing_headers(exchange.calls))

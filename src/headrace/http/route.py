@@ -36,20 +36,26 @@ class Route(APIRoute):
             allow = ", ".join(sorted(methods))
             await routing_answer(405, openai=exchange.openai, path=scope["path"], allow=allow)(scope, receive, send)
             return
-        endpoint = cast(Endpoint, self.endpoint)
+        endpoint, gate = cast(Endpoint, self.endpoint), self.gate
         try:
-            if self.gate is not None:
-                await self.gate.admit(exchange, scope)
+            if gate is not None:
+                await gate.admit(exchange, scope)
             answer = await endpoint(Request(scope, receive))
+            if gate is not None and exchange.items is not None:
+                await gate.count(exchange)
             await answer(scope, receive, send)
             return
         except ClientGone:
             exchange.gone = True
+            if gate is not None:
+                await gate.count(exchange)
             return
         except HeadraceError as error:
             exchange.error = error
             if exchange.status:
                 raise
+            if gate is not None:
+                await gate.count(exchange)
             problem = error
         except Exception as error:
             exchange.error = error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 from headrace.claims import Claim, Refused, Room, period_end
 from headrace.errors import RateLimited
-from headrace.types import Call
 
 SOON = 1.0
 """Seconds; when a running request ends can't be known."""
@@ -17,9 +17,15 @@ LATER = 3600.0
 """Seconds; only an operator can change that it is refused."""
 
 
-def show_limits(call: Call, claims: Sequence[Claim], rooms: Sequence[Room]) -> None:
-    """Set the call's `x-ratelimit-*` headers. They are worked out when they are sent: what is known is said several times on the way."""
-    call.late_headers = partial(limit_headers, claims, rooms)
+class ShowsLimits(Protocol):
+    """A call, or a request of which no call was made yet."""
+
+    late_headers: Callable[[], dict[str, str]] | None
+
+
+def show_limits(asking: ShowsLimits, claims: Sequence[Claim], rooms: Sequence[Room]) -> None:
+    """Set its `x-ratelimit-*` headers. They are worked out when they are sent: what is known is said several times on the way."""
+    asking.late_headers = partial(limit_headers, claims, rooms)
 
 
 def limit_headers(claims: Sequence[Claim], rooms: Sequence[Room]) -> dict[str, str]:

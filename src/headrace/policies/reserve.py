@@ -83,6 +83,7 @@ class Reserve:
             reply = await self._limits.take(asked)
             show_limits(call, take.claims, reply.rooms)
             if isinstance(reply, Taken):
+                call.counted = True
                 return reply
             if reply.passing and time.monotonic() < patient_until:
                 await asyncio.sleep(ASK_AGAIN)
