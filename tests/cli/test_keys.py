@@ -67,6 +67,10 @@ def test_tenants(quick: QuickCli) -> None:
     (tenant,) = json.loads(quick("tenants", "list", "--json").stdout)["tenants"]
     assert (tenant["rpm"], tenant["concurrency"], tenant["budget_tokens"], tenant["budget_period"]) == (None, 3, 100, "total")
     assert "100 tokens in total" in quick("tenants", "list").stdout
+    assert quick("tenants", "set", "acme", "--period", "day").returncode == 0
+    for words in (("set", "acme", "--budget-tokens", "0", "--period", "day"), ("create", "new", "--period", "day")):
+        refused = quick("tenants", *words)
+        assert (refused.returncode, "set `budget_tokens`, too" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,7 @@ def test_tenants(quick: QuickCli) -> None:
         ("create", "--name", "x", "--scopes", ","),
         ("create", "--name", "x", "--expires", "soon"),
         ("create", "--name", "x", "--period", "week"),
+        ("create", "--name", "x", "--period", "day"),
         ("create", "--name", "x", "--rpm", "0"),
         ("create", "--name", "x", "--models", ""),
         ("create", "--name", "x", "--models", " ,"),

@@ -185,6 +185,24 @@ async def test_bad_wishes_are_refused(body: Any) -> None:
     assert len(await closed.keys.keys()) == 1
 
 
+async def test_a_period_is_that_of_a_budget() -> None:
+    closed = house()
+    root = await closed.key("root", {"inference", "admin"})
+    async with client(closed.stand) as http:
+        key = await http.post("/admin/keys", json={"name": "x", "period": "day"}, headers=bearer(root))
+        tenant = await http.post("/admin/tenants", json={"name": "t", "rpm": 5, "period": "day"}, headers=bearer(root))
+        assert (key.status_code, tenant.status_code) == (400, 400)
+        assert "`period`" in key.json()["detail"]
+        wish = {"name": "t", "budget_tokens": 9, "period": "day"}
+        assert (await http.post("/admin/tenants", json=wish, headers=bearer(root))).json()["budget_period"] == "day"
+        changed = await http.patch("/admin/tenants/t", json={"period": "total"}, headers=bearer(root))
+        assert (changed.json()["budget_tokens"], changed.json()["budget_period"]) == (9, "total")
+        assert (await http.patch("/admin/tenants/t", json={"rpm": 3}, headers=bearer(root))).json()["budget_period"] == "total"
+        refused = await http.patch("/admin/tenants/t", json={"budget_tokens": None, "period": "day"}, headers=bearer(root))
+        assert refused.status_code == 400
+        assert (await http.post("/admin/keys", json={"name": "x", "budget_period": "day"}, headers=bearer(root))).status_code == 422
+
+
 async def test_nobody_makes_a_broader_key_over_http() -> None:
     closed = house(auth="keys")
     acme = await closed.key("acme", {"inference", "admin"}, tenant="acme", models=("house",), rpm=5)

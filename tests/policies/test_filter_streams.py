@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.config import FilterSection
 from headrace.errors import ConfigError
+from headrace.policies.filter_input import filter_steps
 from headrace.policies.filters import joint
 from headrace.policies.filters.personal import PERSONAL
 from headrace.policies.filters.rules import output_rules
@@ -295,8 +296,9 @@ def test_words_that_make_no_sense_are_refused(word: str) -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'email'"):
-        rules(pii_output="mask", pii_kinds=["e-mail"])
+    for on in ({"pii_output": "mask"}, {"pii_input": "mask"}, {}):
+        with pytest.raises(ConfigError, match="'email'"):
+            filter_steps(FilterSection(pii_kinds=["e-mail"], **on))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ Result = TypeVar("Result")
 def at_the_desk(config: Path | None, work: Callable[[KeyDesk, Actor], Awaitable[Result]]) -> Result:
     """Do something with the configured database's keys, as the operator. Makes the database if this is the first thing done to it.
 
-    Raises `ConfigError` and what `work` raises.
+    Raises `ConfigError`, also where the desk says that the command is wrong, and what else `work` raises.
     """
     from headrace.cli.sources import load
+    from headrace.errors import ConfigError, InvalidParameter
     from headrace.policies.key_desk import KeyDesk
     from headrace.policies.mint import Actor
     from headrace.stores.opening import open_stores, prepare_stores
@@ -35,6 +36,8 @@ def at_the_desk(config: Path | None, work: Callable[[KeyDesk, Actor], Awaitable[
         try:
             keys = SqlKeys(database)
             return await work(KeyDesk(keys, keys, pepper), Actor(f"cli:{_user()}"))
+        except InvalidParameter as error:
+            raise ConfigError(error.message) from None
         finally:
             await database.close()
 

@@ -43,7 +43,7 @@ class AdminKeys:
             tpm=asked.tpm,
             concurrency=asked.concurrency,
             budget_tokens=asked.budget_tokens,
-            budget_period=asked.period,
+            budget_period=asked.budget_period,
             priority=asked.priority,
             expires_at=moment_of(asked.expires, time.time()) if asked.expires is not None else None,
         )
@@ -93,9 +93,7 @@ class AdminKeys:
         return json_answer({"entries": msgspec.to_builtins(entries)})
 
     async def _put(self, request: Request, name: str, asked: TenantLimits, *, status: int = 200) -> Answer:
-        changes: dict[str, Any] = {field: getattr(asked, field) for field in asked.model_fields_set - {"name", "period"}}
-        if asked.period is not None:
-            changes["budget_period"] = asked.period
+        changes: dict[str, Any] = {field: getattr(asked, field) for field in asked.model_fields_set - {"name"}}
         return json_answer(public_tenant(await self._desk.put_tenant(name, changes, _actor(request))), status=status)
 
     async def _body(self, request: Request) -> Any:

@@ -61,7 +61,7 @@ class NewKey(_Body):
     tpm: Count | None = None
     concurrency: Count | None = None
     budget_tokens: Count | None = None
-    period: Period | None = None
+    budget_period: Period | None = Field(None, alias="period")
     priority: Priority | None = Field(None, description="The highest that its requests may have; default is `default`")
     expires: Annotated[str | float, AfterValidator(_a_moment)] | None = Field(None, description="30d, an ISO date, or Unix seconds")
 
@@ -77,7 +77,7 @@ class TenantLimits(_Body):
     tpm: Count | None = None
     concurrency: Count | None = None
     budget_tokens: Count | None = None
-    period: Period | None = None
+    budget_period: Period | None = Field(None, alias="period")
 
 
 class NewTenant(TenantLimits):

@@ -85,7 +85,7 @@ class KeyDesk:
         name = printable(name, "name")
         known = {tenant.name: tenant for tenant in await self._register.tenants()}.get(name)
         before = msgspec.structs.asdict(known.limits) if known is not None else {}
-        limits = limits_from({**before, **changes})
+        limits = limits_from({**before, **changes}, period=changes.get("budget_period"))
         entry = _entry(by, "tenant.change" if known else "tenant.create", name, name, **msgspec.to_builtins(limits))
         record = TenantRecord(name=name, limits=limits, created_at=known.created_at if known else entry.at)
         await self._register.put_tenant(record, entry)

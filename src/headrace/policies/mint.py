@@ -117,8 +117,10 @@ def _ceiling(by: Actor) -> Priority:
     return "sheddable" if by.key is not None and by.key.priority == "sheddable" else "default"
 
 
-def limits_from(wanted: dict[str, int | str | None]) -> LimitSpec:
-    """Limits, checked. Raises `InvalidParameter`."""
+def limits_from(wanted: dict[str, int | str | None], *, period: object) -> LimitSpec:
+    """Limits, checked. `period`: what was asked for in so many words, if anything. Raises `InvalidParameter`."""
+    if period is not None and wanted.get("budget_tokens") is None:
+        raise InvalidParameter("A `period` is that of a budget, and there is none: set `budget_tokens`, too.", param="period")
     for name in _COUNTS:
         value = wanted.get(name)
         if value is not None and not 1 <= int(value) < 2**63:
@@ -126,7 +128,7 @@ def limits_from(wanted: dict[str, int | str | None]) -> LimitSpec:
     try:
         return msgspec.convert({name: value for name, value in wanted.items() if value is not None}, LimitSpec)
     except msgspec.ValidationError as error:
-        raise InvalidParameter(f"A limit is not valid: {error}.", param="budget_period") from None
+        raise InvalidParameter(f"A limit is not valid: {error}.", param="period") from None
 
 
 def _limits(wish: Wish, own: KeyRecord | None) -> LimitSpec:
@@ -135,7 +137,7 @@ def _limits(wish: Wish, own: KeyRecord | None) -> LimitSpec:
     if own is not None:
         inherited = msgspec.structs.asdict(own.limits)
         wanted = {name: inherited[name] if value is None else value for name, value in wanted.items()}
-    return limits_from(wanted)
+    return limits_from(wanted, period=wish.budget_period)
 
 
 def _place(wish: Wish, by: Actor, key_id: str, scopes: frozenset[Scope]) -> tuple[str, bool]:

@@ -32,6 +32,7 @@ _MACHINES = (("email",), ("phone", "card", "cn_id"), ("secret",))
 
 def output_rules(section: FilterSection) -> Rules | None:
     """What answers are filtered with; None where nothing is asked for. Raises `ConfigError`."""
+    _refuse_unknown(section.pii_kinds)
     machines: list[tuple[Machine, tuple[Detector, ...]]] = []
     deny: Action = section.deny_action
     alphabet = Alphabet(belongs)
@@ -49,6 +50,7 @@ def output_rules(section: FilterSection) -> Rules | None:
 
 def input_rules(section: FilterSection) -> Rules | None:
     """The words that refuse a prompt and the personal data masked in it; None where nothing is asked for. Raises `ConfigError`."""
+    _refuse_unknown(section.pii_kinds)
     machines: list[tuple[Machine, tuple[Detector, ...]]] = []
     nodes: list[Node] = []
     if section.deny_input:
@@ -65,12 +67,6 @@ def input_patterns(section: FilterSection) -> list[Any]:
 
 
 def personal_machines(kinds: Sequence[str], action: Action, alphabet: Alphabet) -> list[tuple[Machine, tuple[Detector, ...]]]:
-    """Raises `ConfigError` for a kind that there isn't."""
-    for kind in kinds:
-        if kind not in PERSONAL:
-            near = difflib.get_close_matches(kind, PERSONAL, 1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"pii_kinds: there is no kind {kind!r}; there is {', '.join(PERSONAL)}.{meant}")
     made: list[tuple[Machine, tuple[Detector, ...]]] = []
     for group in _MACHINES:
         nodes: list[Node] = []
@@ -81,6 +77,15 @@ def personal_machines(kinds: Sequence[str], action: Action, alphabet: Alphabet) 
         if nodes:
             made.append((Automaton(nodes, alphabet), tuple(detectors)))
     return made
+
+
+def _refuse_unknown(kinds: Sequence[str]) -> None:
+    """Also where none is looked for: who switches that on later means what stands there."""
+    for kind in kinds:
+        if kind not in PERSONAL:
+            near = difflib.get_close_matches(kind, PERSONAL, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"pii_kinds: there is no kind {kind!r}; there is {', '.join(PERSONAL)}.{meant}")
 
 
 def parsed(personal: Personal) -> list[Node]:
