@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -24,15 +24,18 @@ class FairLine(Generic[Item]):
         self._ranks.setdefault(rank, {}).setdefault(tenant, deque()).append(item)
         self._count += 1
 
-    def first(self) -> Item:
-        """The next one, left where it is. Raises `ValueError` where nothing waits."""
-        return next(iter(self._ranks[max(self._ranks)].values()))[0]
+    def firsts(self) -> Iterator[tuple[int, Item]]:
+        """Each tenant and its next one, left where it is, in the order of their turns; of the highest rank alone."""
+        if self._ranks:
+            for tenant, line in self._ranks[max(self._ranks)].items():
+                yield tenant, line[0]
 
-    def take(self) -> Item:
-        """The next one. Raises `ValueError` where nothing waits."""
+    def take(self, tenant: int | None = None) -> Item:
+        """The next one, or that tenant's next of the highest rank. Raises `ValueError` where nothing waits."""
         rank = max(self._ranks)
         tenants = self._ranks[rank]
-        tenant = next(iter(tenants))
+        if tenant is None:
+            tenant = next(iter(tenants))
         line = tenants.pop(tenant)
         item = line.popleft()
         if line:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from headrace.engine.admission import Admission, Entry
 from headrace.engine.fair_line import FairLine
+
+MOST_LOOKS = 8
+"""Tenants that are looked at, at a time, for one that may go."""
 
 
 class Held:
@@ -46,14 +50,17 @@ class HeldBack:
         self._line.add(held, rank=rank, tenant=tenant)
 
     def release(self) -> None:
-        """Let as many go as may."""
-        admission = self._admission
-        while len(self._line):
-            first = self._line.first()
-            # Those who have gone need no room: while there is none, they would pile up with their prompts, in the way of others.
-            if not first.gone and not admission.has_room(first.entry):
-                break
-            held = self._line.take()
+        """Let as many go as may. One tenant's that has no room yet isn't in the way of another's."""
+        while (tenant := self._whose_turn()) is not None:
+            held = self._line.take(tenant)
             if not held.gone:
-                admission.released(held.entry)
+                self._admission.released(held.entry)
                 held.release()
+
+    def _whose_turn(self) -> int | None:
+        """The first tenant whose next one may go; None where none may."""
+        for tenant, held in islice(self._line.firsts(), MOST_LOOKS):
+            # Those who have gone need no room: while there is none, they would pile up with their prompts, in the way of others.
+            if held.gone or self._admission.has_room(held.entry):
+                return tenant
+        return None
