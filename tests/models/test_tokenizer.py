@@ -129,7 +129,7 @@ def whole(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.lists(st.one_of(texts, st.sampled_from([TEXT, " ", "\n", "。", "x" * 5000, "你好" * 3000])), min_size=1, max_size=8),
+    st.lists(st.one_of(texts, st.sampled_from([TEXT, " ", "\n", "。", "x" * 500, "你好" * 300])), min_size=1, max_size=8),
     st.integers(10, 40),
 )
 def test_long_texts_are_the_same_in_pieces(parts: list[str], times: int) -> None:
@@ -143,6 +143,18 @@ def test_long_texts_are_cut_at_all() -> None:
     for text in ("word " * 50_000, "line\n" * 50_000, "你好，世界。" * 20_000):
         assert len(list(tokenizer._cuts(text))) >= 3, text[:10]
         assert tokenizer.encode(text) == whole(tokenizer, text)
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", ".", "x", "ab1-", "你"])
+def test_what_cannot_be_cut_is_taken_to_a_length_and_then_refused_unread(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small_tokenizer()
+    longest = unit * (2**18 // len(unit))
+    for text in (longest, f"a word {longest} a word"):
+        assert tokenizer.encode(text) == whole(tokenizer, text)
+    monkeypatch.setattr(tokenizer, "_plain", None)
+    for limit in (None, 10**6):
+        with pytest.raises(InvalidParameter, match="Break it up"):
+            tokenizer.encode(2 * longest, limit=limit)
 
 
 @given(texts, st.integers(0, 50))
@@ -189,7 +201,7 @@ def test_eight_mebibytes_are_refused_at_once(unit: str) -> None:
     assert sorted(late)[-2 if len(late) > 2 else -1] < 0.02
 
 
-def test_ids_of_a_refused_text_are_never_made() -> None:
+def test_ids_of_a_refused_text_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of them, where nothing can be cut, would hold the GIL for as many hundred milliseconds."""
 
     class Counted:
@@ -200,7 +212,7 @@ def test_ids_of_a_refused_text_are_never_made() -> None:
             return 4_000_000
 
     tokenizer = small_tokenizer()
-    tokenizer._plain = Counted()
+    monkeypatch.setattr(tokenizer, "_plain", Counted())
     with pytest.raises(TooManyTokens) as refused:
         tokenizer.encode("<|im_start|>" * 10_000, limit=1_000_000)
     assert refused.value.at_least == 4_000_000
