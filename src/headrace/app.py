@@ -32,6 +32,7 @@ from headrace.control import (
     AskProbe,
     AskProcesses,
     AskReload,
+    AskTurn,
     Beginning,
     BudgetSeen,
     CircuitCalls,
@@ -60,6 +61,9 @@ from headrace.control import (
     ServedHere,
     ShadowCompared,
     ToChild,
+    TurnGoesOn,
+    TurnSaid,
+    TurnsEnded,
     VersionPromoted,
     begin,
 )
@@ -83,6 +87,8 @@ from headrace.policies.key_desk import KeyDesk
 from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prices import Prices
 from headrace.policies.trace import Trace
+from headrace.policies.turn_table import TurnEnd
+from headrace.policies.turns import Turns
 from headrace.ports import Ledger, Meters
 from headrace.replicas import Replicas
 from headrace.served import ServedModel, ServedModels
@@ -109,6 +115,8 @@ KEEP_ALIVE = 75
 PS_TIMEOUT = 2.0
 TRACES_TIMEOUT = 2.0
 """Seconds at the end for spans that are still to be sent."""
+OPEN_CACHE = 1.0
+"""Seconds that a start waits for the cache's second level."""
 REQUESTS_TOLD = 1.0
 """Seconds between reports of requests to the supervisor, which is for alerts."""
 CERTIFICATE_INTERVAL = 1.0
@@ -139,6 +147,7 @@ class SupervisorLink:
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._limits_asked: dict[int, asyncio.Future[list[Reply]]] = {}
         self._circuits: dict[str, Circuit] = {}
+        self.turns: Turns | None = None
         self._probes: dict[int, tuple[str, asyncio.Future[int | None]]] = {}
         self._numbers = itertools.count(1)
         self._reloads: dict[int, asyncio.Future[Reloaded]] = {}
@@ -229,6 +238,16 @@ class SupervisorLink:
     def probed(self, model: str, number: int, succeeded: bool | None) -> None:
         self.connection.send(ProbeEnded(model, number, succeeded))
 
+    def ask_turn(self, key: bytes, number: int, looked: bool) -> None:
+        """`policies.turns.TurnPlace`, as are the next two."""
+        self.connection.send(AskTurn(key, number, looked))
+
+    def turn_goes_on(self, key: bytes, number: int) -> None:
+        self.connection.send(TurnGoesOn(key, number))
+
+    def end_turns(self, ends: Sequence[tuple[bytes, int, TurnEnd]]) -> None:
+        self.connection.send(TurnsEnded([*ends]))
+
     def budget_seen(self, claim: Claim, spent: int) -> None:
         """A budget is nearly spent, or isn't any more."""
         if claim.budget is not None:
@@ -255,6 +274,9 @@ class SupervisorLink:
             answer = self._limits_asked.pop(message.number)
             if not answer.done():
                 answer.set_result(message.replies)
+        elif isinstance(message, TurnSaid):
+            if self.turns is not None:
+                self.turns.hear(message.key, message.number, message.word)
         elif isinstance(message, CircuitChanged):
             self._circuit_changed(message)
         elif isinstance(message, ProbeAnswer):
@@ -434,6 +456,8 @@ async def _run(beginning: Beginning) -> None:
     limits.budget_seen = BudgetWatch(rules, link.budget_seen, time.time).seen
     keys = SqlKeys(database)
     callers = link.callers = Callers(config.access, keys, pepper, on_met=lambda digest: link.connection.send(KeyMet(digest)))
+    if cache is not None and config.server.max_workers > 1:
+        link.turns = Turns(link, cache)
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
     tracing = None if config.trace.otel_endpoint is None else Tracing(config.trace)
     app = create_api(
@@ -444,6 +468,7 @@ async def _run(beginning: Beginning) -> None:
             served,
             callers=callers,
             answers=cache,
+            turns=link.turns,
             limits=limits,
             claimants=claimants,
             books=books,
@@ -485,6 +510,8 @@ async def _run(beginning: Beginning) -> None:
         server.background.append(asyncio.create_task(_watch_certificate(tls), name="certificate"))
     server.background.append(asyncio.create_task(_tell_of_requests(link, tally, rules), name="request counts"))
     await _connect(link, beginning)
+    if cache is not None:
+        await asyncio.wait((asyncio.create_task(cache.open(), name="open the cache"),), timeout=OPEN_CACHE)
     serving = asyncio.create_task(server.serve(sockets=[beginning.listening]))
     await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
     gc.collect()

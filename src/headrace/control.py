@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from headrace.claims import Ask, Reply
 from headrace.config import Config
 from headrace.policies.alert_rules import RequestCounts
+from headrace.policies.turn_table import TurnEnd, TurnWord
 from headrace.types import BudgetPeriod, CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles, TrackedError
 
 # Supervisor to child
@@ -315,8 +316,39 @@ class ShadowCompared(msgspec.Struct, frozen=True, tag=89):
     """0 to 1; -1: it failed."""
 
 
+class AskTurn(msgspec.Struct, frozen=True, tag=90):
+    """From an API process: is that answer its to make? It has looked for it."""
+
+    key: bytes
+    number: int
+    looked: bool = False
+    """Also since it was told to."""
+
+
+class TurnSaid(msgspec.Struct, frozen=True, tag=91):
+    """To an API process: a word on its `AskTurn` of that number."""
+
+    key: bytes
+    number: int
+    word: TurnWord
+
+
+class TurnGoesOn(msgspec.Struct, frozen=True, tag=92):
+    """From an API process: it is making the answer that is `wanted`."""
+
+    key: bytes
+    number: int
+
+
+class TurnsEnded(msgspec.Struct, frozen=True, tag=93):
+    """From an API process: what has become of answers, by key and number."""
+
+    ends: list[tuple[bytes, int, TurnEnd]]
+
+
 ToChild = (
     Setup
+    | TurnSaid
     | Hold
     | Release
     | ModelKnown
@@ -338,6 +370,9 @@ ToChild = (
 )
 ToSupervisor = (
     Alive
+    | AskTurn
+    | TurnGoesOn
+    | TurnsEnded
     | Held
     | ModelInUse
     | AskModels

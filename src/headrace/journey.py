@@ -24,6 +24,7 @@ from headrace.policies.prepare import Prepare
 from headrace.policies.reserve import Reserve
 from headrace.policies.route import Fallbacks
 from headrace.policies.shadow import Shadow, Told
+from headrace.policies.turns import Turns
 from headrace.ports import Answers, Books, HandsOver, Limits, Step, hands_over
 from headrace.served import ServedModels
 from headrace.types import Call, Event, Sink
@@ -49,6 +50,7 @@ class Journey:
         *,
         callers: Callers | None = None,
         answers: Answers | None = None,
+        turns: Turns | None = None,
         limits: Limits | None = None,
         claimants: Claimants | None = None,
         books: Books | None = None,
@@ -56,9 +58,10 @@ class Journey:
         trace: Step | None = None,
         shadowed: Told | None = None,
     ) -> Journey:
-        """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept;
-        without `limits` nobody has any, and `claimants` says whose a call counts for; without `books` nothing is billed; without
-        `circuits` no engine is left alone; `shadowed` hears how copies of requests were answered, and without it there are none."""
+        """The steps that a configuration asks for. Without `callers` only configured keys are known; without `answers` none are kept, and
+        without `turns` no other process makes them; without `limits` nobody has any, and `claimants` says whose a call counts for; without
+        `books` nothing is billed; without `circuits` no engine is left alone; `shadowed` hears how copies of requests were answered, and
+        without it there are none."""
         resilience = config.resilience
         claimants = claimants or Claimants(config.limits.anonymous_limit, beyond_loopback=False)
         steps: list[Step] = [] if trace is None else [trace]
@@ -73,7 +76,7 @@ class Journey:
         cache = None
         if answers is not None:
             filters = sha256(config.filters.model_dump_json().encode()).digest()
-            cache = ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters)
+            cache = ResponseCache(answers, models, cached_price=config.cache.cached_price, salt=filters, turns=turns)
             attempt.append(cache)
         if resilience.degrade_queue is not None:
             attempt.append(Degrade(models, resilience, prepare))

@@ -502,6 +502,22 @@ class Answers(Protocol):
         ...
 
 
+class Publishes(Protocol):
+    """What is kept here other processes can read, a little later."""
+
+    told: Callable[[Sequence[bytes], bool], None] | None
+    """Called once for all that is kept, with several names at a time: whether others can read these now."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the level that all read is there and in use."""
+        ...
+
+    def hurry(self) -> None:
+        """Somebody waits for what others can't read yet."""
+        ...
+
+
 @runtime_checkable
 class Rewinds(Protocol):
     """A runner that may be able to try tokens out."""

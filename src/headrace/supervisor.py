@@ -35,6 +35,7 @@ from headrace.control import (
     AskProbe,
     AskProcesses,
     AskReload,
+    AskTurn,
     BudgetSeen,
     CircuitCalls,
     ErrorsNoted,
@@ -53,6 +54,9 @@ from headrace.control import (
     ShadowCompared,
     ToChild,
     ToSupervisor,
+    TurnGoesOn,
+    TurnSaid,
+    TurnsEnded,
     VersionPromoted,
 )
 from headrace.engine_places import check_standby
@@ -64,6 +68,7 @@ from headrace.lineup import lineup
 from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
+from headrace.policies.turn_table import TurnTable, TurnWord
 from headrace.reload import added, changes, usable
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder, owed_folder
@@ -188,6 +193,7 @@ class Supervisor:
         self._asked: set[asyncio.Task[None]] = set()
         self._limits = LimitTable()
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
+        self._turns = TurnTable(self._say_turn)
         self._signals = 0
         self._signalled = asyncio.Event()
         self._quarantined = {name: quarantine.Quarantine() for name in names}
@@ -392,6 +398,14 @@ class Supervisor:
         if isinstance(message, AskLimits):
             pid = child.pid
             child.tell(LimitsAnswer(message.number, [self._limits.answer(ask, pid) for ask in message.asks]))
+        elif isinstance(message, AskTurn):
+            if child.pid:  # else it is what a dead one has left in the socket
+                self._turns.ask(child.pid, message.key, message.number, looked=message.looked)
+        elif isinstance(message, TurnsEnded):
+            for key, number, how in message.ends:
+                self._turns.end(child.pid, key, number, how)
+        elif isinstance(message, TurnGoesOn):
+            self._turns.goes_on(child.pid, message.key, message.number)
         elif isinstance(message, CircuitCalls | AskProbe | ProbeEnded):
             answer = self._circuits.hear(message, child.pid)
             if answer is not None:
@@ -433,6 +447,11 @@ class Supervisor:
     def _tell_apis(self, message: ToChild) -> None:
         self._apis.tell(message)
 
+    def _say_turn(self, pid: int, key: bytes, number: int, word: TurnWord) -> None:
+        for api in self._apis:
+            if api.pid == pid:
+                api.tell(TurnSaid(key, number, word))
+
     def _api_changed(self, api: Child) -> None:
         self._yard.api_began(api)
         for family, model in self._upgrades.current.items():
@@ -447,6 +466,7 @@ class Supervisor:
         self._yard.api_died(pid)
         self._limits.lapse(pid)
         self._circuits.lapse(pid)
+        self._turns.lapse(pid)
         if self._recovery is not None:
             self._recovery.want()
         for path in self._figures.glob(f"gauge_live*_{pid}.db"):

@@ -10,6 +10,7 @@ from headrace.journey import Journey
 from headrace.models.byte_tokenizer import ByteTokenizer
 from headrace.policies.cache import ResponseCache
 from headrace.policies.prepare import Prepare
+from headrace.policies.turns import Turns
 from headrace.served import ServedModel, ServedModels
 from headrace.types import CacheTags, Call, Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
 
@@ -78,12 +79,14 @@ class ToldEngine:
     async def close(self) -> None: ...
 
 
-def told_journey(*steps: object, price: float = 0.0, timeout: float = 60.0) -> tuple[Journey, ToldEngine, KeptAnswers, ResponseCache]:
-    engine, answers = ToldEngine(), KeptAnswers()
+def told_journey(
+    *steps: object, price: float = 0.0, timeout: float = 60.0, answers: KeptAnswers | None = None, turns: Turns | None = None
+) -> tuple[Journey, ToldEngine, KeptAnswers, ResponseCache]:
+    engine, answers = ToldEngine(), answers or KeptAnswers()
     card = EngineCard(model="m", kind="echo", context_length=4096, vocab_size=259, fingerprint="f", capabilities=CAPABILITIES)
     served = ServedModel(ModelFiles(name="m", kind="echo", context_length=4096), engine, ByteTokenizer(), card=card)
     models = ServedModels([served])
-    cache = ResponseCache(answers, models, cached_price=price)
+    cache = ResponseCache(answers, models, cached_price=price, turns=turns)
     prepare = Prepare(models, ServerSection(request_timeout=timeout))
     return Journey((prepare, cache, *steps), models), engine, answers, cache  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ import pytest
 
 from headrace.config import CacheSection, Config, ServerSection, StoreSection
 from headrace.errors import ConfigError, StoreUnavailable
+from headrace.stores import cache_levels
 from headrace.stores.cache_levels import READ_TIMEOUT, CacheLevels
 from headrace.stores.cache_memory import MemoryCache
 from headrace.stores.cache_open import open_cache
@@ -53,6 +54,47 @@ async def test_what_one_process_keeps_another_finds_and_then_has_in_memory(tmp_p
     assert {name: size.entries for name, size in (await two.sizes()).items() if size} == {"memory": 1, "sqlite": 1}
     await one.close()
     await two.close()
+
+
+async def test_it_is_told_when_others_can_read_what_is_kept_and_who_is_in_a_hurry_waits_for_no_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_levels, "GATHER", 3600)
+    one, two = process(tmp_path / "c.db"), process(tmp_path / "c.db")
+    told: list[tuple[list[bytes], bool]] = []
+    one.told = lambda keys, readable: told.append(([*keys], readable))
+    assert one.shared
+    for hurry in (one.hurry, lambda: None):  # before the group has begun to wait, and once it does
+        one.keep(b"a", b"1", ADA)
+        one.keep(b"b", b"2", ADA)
+        assert not told
+        hurry()
+        await until(lambda: told or one._gathering is not None)
+        one.hurry()
+        await until(lambda: told)
+        assert told == [([b"a", b"b"], True)]
+        assert await two.fetch(b"a") == (b"1", "sqlite")
+        told.clear()
+    await until(lambda: one._gathering is not None)
+    one.keep(b"c", b"3", ADA)
+    await one.purge()
+    assert told == [([b"c"], False)]
+    one._rest_until = time.monotonic() + 60
+    assert not one.shared
+    one.keep(b"d", b"4", ADA)
+    assert told[1:] == [([b"d"], False)]
+    one.hurry()
+    await one.close()
+    await two.close()
+
+
+async def test_processes_that_begin_together_make_one_file(tmp_path: Path) -> None:
+    for number in range(8):
+        several = [process(tmp_path / f"{number}.db") for _ in range(4)]
+        # Unlike `open`, this says what went wrong.
+        assert await asyncio.gather(*(each.fetch(b"nothing") for each in several)) == [None] * 4
+        assert [each.counts.errors for each in several] == [0] * 4
+        await asyncio.gather(*(each.close() for each in several))
 
 
 async def test_an_answer_that_moves_up_does_not_live_longer(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Literal
 
 import msgspec
 
+from headrace.errors import DeadlineExceeded
+from headrace.logs import REQUEST_ID
 from headrace.policies.answer_key import answer_key
 from headrace.policies.single_flight import Flight
 from headrace.policies.stored_answer import Recorder, StoredAnswer, pack, unpack
+from headrace.policies.turns import Turn, Turns
 from headrace.ports import Answers, KeepsOld
 from headrace.served import ServedModel, ServedModels
 from headrace.types import CacheTags, Call, Event, GenerateRequest
@@ -30,14 +33,18 @@ Use = Literal["off", "write", "all"]
 class ResponseCache:
     """Sets `call.source` to a kept answer, or `call.share` for one that is under way. `cached_price` is a fraction of a token.
 
-    `salt` stands for what shapes answers on this server besides the model: filters, as a rule.
+    `salt` stands for what shapes answers on this server besides the model: filters, as a rule. `turns`: where other processes of the
+    server may be asked for the same answers.
     """
 
-    def __init__(self, answers: Answers, models: ServedModels, *, cached_price: float = 0.0, salt: bytes = b"") -> None:
+    def __init__(
+        self, answers: Answers, models: ServedModels, *, cached_price: float = 0.0, salt: bytes = b"", turns: Turns | None = None
+    ) -> None:
         self._answers = answers
         self._models = models
         self._price = cached_price
         self._salt = salt
+        self._turns = turns
         self._flights: dict[bytes, Flight] = {}
 
     @property
@@ -68,10 +75,14 @@ class ResponseCache:
             return
         flight = self._flights.get(key)
         if flight is None or flight.purges != self._answers.purges:
+            if flight is not None and flight.waiting is not None and flight.waiting.done():
+                self._end_turn(flight, "apart")
             flight = self._flights[key] = Flight(self._answers.purges)
         flight.members += 1
         try:
             known = await self._look_up(flight, key)
+            if known is None and self._turns is not None:
+                known = await self._after_others(self._turns, flight, key, call)
             if known is not None:
                 self._replay(call, *known)
                 yield
@@ -81,11 +92,15 @@ class ResponseCache:
                 self._join(call, flight)
                 yield
                 if flight.generation is not None and not flight.generation.stored and flight.generation.first.storable:
-                    flight.generation.stored = self._keep(key, call, recorder, flight.purges)
+                    flight.generation.stored = self._keep(key, call, recorder, flight.purges, flight.turn)
         finally:
             flight.members -= 1
-            if not flight.members and self._flights.get(key) is flight:
-                del self._flights[key]
+            if not flight.members:
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+                if flight.waiting is not None:
+                    flight.waiting.cancel()
+                self._end_turn(flight, "left" if flight.nobody_is_left else "apart")
 
     async def old(self, call: Call, request: GenerateRequest, model: ServedModel) -> list[list[Event]] | None:
         """What was once answered to this very request, even if it has expired: better than nothing while the model can't answer."""
@@ -124,14 +139,62 @@ class ResponseCache:
             looking = flight.looking = asyncio.get_running_loop().create_future()
             found: tuple[StoredAnswer, str] | None = None
             try:
-                fetched = await self._answers.fetch(key)
-                answer = unpack(fetched[0]) if fetched is not None else None
-                found = (answer, fetched[1]) if answer is not None and fetched is not None else None
+                found = await self._fetched(key)
             finally:
                 looking.set_result(found)
             return found
         # Shielded: a future that is awaited by many must not be cancelled by one.
         return await asyncio.shield(flight.looking)
+
+    async def _fetched(self, key: bytes) -> tuple[StoredAnswer, str] | None:
+        fetched = await self._answers.fetch(key)
+        answer = unpack(fetched[0]) if fetched is not None else None
+        return (answer, fetched[1]) if answer is not None and fetched is not None else None
+
+    async def _after_others(self, turns: Turns, flight: Flight, key: bytes, call: Call) -> tuple[StoredAnswer, str] | None:
+        """What another process of this machine has made of the same request meanwhile; None where it is to be made here.
+
+        Raises `DeadlineExceeded`.
+        """
+        if flight.waiting is None:
+            if not turns.useful:
+                return None
+            flight.waiting = asyncio.create_task(self._take_turn(turns, flight, key), name="turn")
+        elif flight.waiting.done():
+            return flight.waiting.result()
+        # Its headers may have to go before it is known.
+        call.headers[HEADER] = "hit"
+        try:
+            async with asyncio.timeout(call.seconds_left()):
+                # Shielded: all who ask here wait for it.
+                found = await asyncio.shield(flight.waiting)
+        except TimeoutError:
+            raise DeadlineExceeded("The request's time was over while another process was answering an equal one.") from None
+        if found is None:
+            call.headers[HEADER] = "miss"
+            if call.deadline is not None and call.request is not None:
+                # An engine reckons from the moment that it is asked.
+                call.request = msgspec.structs.replace(call.request, timeout=call.seconds_left())
+        return found
+
+    async def _take_turn(self, turns: Turns, flight: Flight, key: bytes) -> tuple[StoredAnswer, str] | None:
+        REQUEST_ID.set("")  # it works for all, whoever was the first
+        turn = flight.turn = turns.begin(key, lambda: flight.stands_still)
+        for looked in (False, True):
+            if await turn.come(looked=looked) == "make":
+                return None
+            found = await self._fetched(key)
+            if found is not None:
+                break
+        # Twice not found where it should be: it may be too large for that level, so there is no use in waiting again.
+        turns.forget(turn)
+        flight.turn = None
+        return found
+
+    def _end_turn(self, flight: Flight, how: Literal["left", "apart"]) -> None:
+        turn, flight.turn = flight.turn, None
+        if turn is not None and self._turns is not None:
+            self._turns.end(turn, how)
 
     def _replay(self, call: Call, answer: StoredAnswer, level: str) -> None:
         call.headers[HEADER] = "hit"
@@ -158,6 +221,9 @@ class ResponseCache:
                 # A later step has made it another request: cut to a budget, degraded, sent to another model.
                 call.storable = False
             if not call.storable:
+                if flight.generation is None:
+                    # What is made here is not for others.
+                    self._end_turn(flight, "apart")
                 return Flight().listen(call, source, limit)
             listener = flight.listen(call, source, limit)
             if listener.generation.first is not call:
@@ -166,7 +232,7 @@ class ResponseCache:
 
         call.share = share
 
-    def _keep(self, key: bytes, call: Call, recorder: Recorder, purges: int) -> bool:
+    def _keep(self, key: bytes, call: Call, recorder: Recorder, purges: int, turn: Turn | None = None) -> bool:
         """Whether it was worth keeping. What was purged while it was made is not kept."""
         answer = recorder.answer(call, call.notes) if call.storable and purges == self._answers.purges else None
         if answer is None:
@@ -178,6 +244,8 @@ class ResponseCache:
         if len(packed) > LARGEST:
             return False
         model = self._models.find(call.served_model).files.name
+        if turn is not None and self._turns is not None:
+            self._turns.keep(turn)
         self._answers.keep(key, packed, CacheTags(call.subject_tenant, model, call.caller.id if call.caller is not None else ""))
         return True
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable
 from headrace.policies.stored_answer import StoredAnswer
+from headrace.policies.turns import Turn
 from headrace.types import Call, Delta, Event, Report
 
 AHEAD = 8
@@ -90,6 +91,11 @@ class Generation:
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it is for readers to get on: it is too far ahead of them, or has come to its end."""
+        return self.over or self._room is not None
 
     @property
     def _far_ahead(self) -> bool:
@@ -302,7 +308,7 @@ class Flight:
     `purges`: how many purges there had been when it began; those who come after another one begin anew.
     """
 
-    __slots__ = ("generation", "looking", "members", "purges")
+    __slots__ = ("generation", "looking", "members", "purges", "turn", "waiting")
 
     def __init__(self, purges: int = 0) -> None:
         self.purges = purges
@@ -310,6 +316,19 @@ class Flight:
         self.looking: asyncio.Future[tuple[StoredAnswer, str] | None] | None = None
         """What the second level of the cache has, and which level that is."""
         self.generation: Generation | None = None
+        self.turn: Turn | None = None
+        """At making the answer, among the API processes of this machine."""
+        self.waiting: asyncio.Task[tuple[StoredAnswer, str] | None] | None = None
+        """Waits for that turn; what another process has made instead."""
+
+    @property
+    def stands_still(self) -> bool:
+        return self.generation is not None and self.generation.stands_still
+
+    @property
+    def nobody_is_left(self) -> bool:
+        """All have gone before there was an answer, and not because there can't be one."""
+        return self.generation is None or isinstance(self.generation.error, asyncio.CancelledError)
 
     def listen(self, call: Call, source: AsyncIterator[list[Event]], timeout: float | None) -> Listener:
         """Join the generation, or begin one with `source` if there is none, or it failed, or all have left it; `timeout` in seconds from

@@ -11,7 +11,7 @@ import contextlib
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -56,8 +56,8 @@ class LevelCounts:
 
 
 class CacheLevels:
-    """`ports.Answers` and `ports.KeepsOld`. `second` is called `name` in headers and figures; values live `ttl` seconds, and are kept
-    for `grace` seconds more (the memory's is its own matter). `clock` is Unix time."""
+    """`ports.Answers`, `ports.Publishes` and `ports.KeepsOld`. `second` is called `name` in headers and figures; values live `ttl` seconds,
+    and are kept for `grace` seconds more (the memory's is its own matter). `clock` is Unix time."""
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class CacheLevels:
         self._clock = clock
         self.counts = LevelCounts()
         self.purges = 0
+        self.told: Callable[[Sequence[bytes], bool], None] | None = None
         self._mark: bytes | None = None
         self._looked = False
         """For marks; those found at first are of purges before this process' time."""
@@ -84,9 +85,19 @@ class CacheLevels:
         self._waiting: list[tuple[bytes, bytes, CacheTags]] = []
         self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
+        self._gathering: asyncio.Future[None] | None = None
+        """Done when what waits is to be written."""
+        self._hurried = False
         self._under_way: asyncio.Future[None] | None = None
         """Done when the write that has begun is over."""
         self._watching: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Have the second level at hand before requests wait for it: to open it may take longer than they would."""
+        if self._second is not None:
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(WRITE_TIMEOUT):
+                    await self._second.get(_MARK)
 
     def recall(self, key: bytes) -> bytes | None:
         found = self._memory.recall(key)
@@ -133,17 +144,28 @@ class CacheLevels:
     def keep(self, key: bytes, value: bytes, tags: CacheTags) -> None:
         self._memory.keep(key, value, tags, self._ttl)
         if self._second is None:
+            self._tell([key], False)
             return
         self._watch()
         packed = _packed(self._clock() + self._ttl, tags, value)
         full = len(self._waiting) >= MOST_WAITING or self._waiting_bytes + len(packed) > MOST_BYTES_WAITING
         if full or time.monotonic() < self._rest_until:
             self.counts.writes_dropped += 1
+            self._tell([key], False)
             return
         self._waiting.append((key, packed, tags))
         self._waiting_bytes += len(packed)
         if self._writing is None:
             self._writing = asyncio.create_task(self._write(self._second), name="cache writes")
+
+    @property
+    def shared(self) -> bool:
+        return self._second is not None and time.monotonic() >= self._rest_until
+
+    def hurry(self) -> None:
+        self._hurried, gathering = True, self._gathering
+        if gathering is not None and not gathering.done():
+            gathering.set_result(None)
 
     async def purge(self, *, tenant: str | None = None, model: str | None = None, key: str | None = None) -> int:
         """Drop entries on all levels, here at once and in other processes' memory within a second; the number of them.
@@ -192,7 +214,7 @@ class CacheLevels:
         REQUEST_ID.set("")  # it works for all, whoever was the first
         try:
             while True:
-                await asyncio.sleep(GATHER)
+                await self._gather()
                 if not self._waiting:
                     return
                 while self._waiting:
@@ -201,9 +223,22 @@ class CacheLevels:
         finally:
             self._writing = None
 
+    async def _gather(self) -> None:
+        if not self._hurried:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.create_future()
+            over = loop.call_later(GATHER, self.hurry)
+            try:
+                await self._gathering
+            finally:
+                over.cancel()
+                self._gathering = None
+        self._hurried = False
+
     async def _write_some(self, second: Cache, values: list[tuple[bytes, bytes, CacheTags]]) -> None:
         self._waiting_bytes -= sum(len(value) for _, value, _ in values)
         under_way = self._under_way = asyncio.get_running_loop().create_future()
+        readable = False
         try:
             async with asyncio.timeout(WRITE_TIMEOUT):
                 # They have waited: what another process has purged meanwhile must not come back.
@@ -211,16 +246,23 @@ class CacheLevels:
                     return
                 await put_many(second, values, self._ttl + self._grace)
                 self.counts.writes += len(values)
+                readable = True
         except (StoreUnavailable, TimeoutError) as error:
             self._failed("write", error)
         finally:
             self._under_way = None
             under_way.set_result(None)
+            self._tell([key for key, _, _ in values], readable)
+
+    def _tell(self, keys: Sequence[bytes], readable: bool) -> None:
+        if self.told is not None and keys:
+            self.told(keys, readable)
 
     def _purged(self) -> None:
         """What was kept until now is not to be written any more."""
         self.purges += 1
-        self._waiting, self._waiting_bytes = [], 0
+        dropped, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        self._tell([key for key, _, _ in dropped], False)
 
     def _failed(self, what: str, error: Exception) -> None:
         self.counts.errors += 1

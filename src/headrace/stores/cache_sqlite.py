@@ -238,11 +238,14 @@ class SqliteCache:
             event.listen(self._engine, "connect", _open)
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             try:
+                # Another process may find at the same moment that there are no tables yet.
+                _driver(connection).execute("BEGIN IMMEDIATE")
                 _metadata.create_all(connection)
                 # Where the file was made before there were shares.
                 connection.exec_driver_sql("DROP INDEX IF EXISTS answers_1_used")
                 _BY_TENANT.create(connection, checkfirst=True)
                 self._bytes = self._count(connection)[1]
+                _driver(connection).execute("COMMIT")
             except BaseException:
                 connection.close()
                 raise
@@ -337,5 +340,18 @@ def _open(connection: Any, record: Any) -> None:
         "secure_delete = ON",
         "journal_size_limit = 4194304",
     ):
-        cursor.execute(f"PRAGMA {pragma}")
+        _insist(cursor, f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _insist(cursor: Any, statement: str) -> None:
+    """SQLite doesn't wait where two connections turn the same new file into a WAL database at once: one is told that it's locked."""
+    end = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            cursor.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+                raise
+        time.sleep(0.005)
