@@ -165,6 +165,34 @@ def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> Non
     driven.add([*range(1, 91), *range(1, 61)], tenant=2)
     for _ in range(3):
         driven.step()
-    # What an express step always has room for; then, beside the decodes, what is never denied; then the rest.
-    assert driven.runner.sizes == [[EXPRESS_PREFILL], [1] * 31 + [LEAST_PREFILL], [150 - EXPRESS_PREFILL - LEAST_PREFILL]]
+    # What an express step always has room for; then, beside the decodes, what is left: too little to be cut in two.
+    assert driven.runner.sizes[:2] == [[EXPRESS_PREFILL], [1] * 31 + [150 - EXPRESS_PREFILL]]
+    driven.drain()
+    driven.runner.sizes.clear()
+    flood(driven, 31, tenant=1, max_tokens=60)
+    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
+        driven.step()
+    driven.runner.sizes.clear()
+    driven.add([*range(1, 91), *range(1, 91), *range(1, 121)], tenant=2)
+    for _ in range(3):
+        driven.step()
+    # Of a long one, beside the decodes, what is never denied.
+    rest = 300 - EXPRESS_PREFILL - LEAST_PREFILL
+    assert driven.runner.sizes == [[EXPRESS_PREFILL], [1] * 31 + [LEAST_PREFILL], [min(rest, EXPRESS_PREFILL)]]
+    driven.drain()
+
+
+def test_a_short_prompt_of_a_newcomer_isnt_cut_in_two_for_brisk_steps() -> None:
+    driven = Driven(max_sequences=32, step_tokens=256, num_blocks=400)
+    flood(driven, 4, tenant=1, max_tokens=60)
+    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
+        driven.step()
+    pace = driven.stepper._pace
+    pace.per_token, pace.fixed = 0.001, 0.008
+    pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
+    driven.runner.sizes.clear()
+    driven.add([*range(1, 81)], tenant=2)
+    driven.step()
+    assert pace.room(BRISK, 4) < 80
+    assert driven.runner.sizes == [[1] * 4 + [80]]
     driven.drain()

@@ -37,7 +37,7 @@ PRIOR = 0.5
 FORGET = 5.0
 """Seconds in which the comparison of waits with their predictions loses most of its weight."""
 KEPT = 8
-"""Requests that the engine has waiting at least, while others are held back before it."""
+"""Requests, and tenants, that the engine has waiting at least, while others are held back before it."""
 FIRST_LENGTH = 128.0
 """Tokens that a completion is expected to have before any has ended. What it may have is no measure: a request that names no limit may fill
 the whole context, and nobody should be refused for that."""
@@ -168,14 +168,17 @@ class Admission:
         return entry
 
     def has_room(self, entry: Entry) -> bool:
-        """Whether this one, the next of those that are held back, should go to the engine now: always when it has nothing waiting; unless
-        it is flooded, also while it has little, or while this one's tenant has so little there that it would begin within the limit."""
-        waiting = len(self._waiting) - self._held
-        if not waiting or self._flooded:
-            return not waiting
+        """Whether this one, the next of those that are held back, should go to the engine now: always when that has nothing waiting, or
+        only others' (the engine's next turn is then its tenant's), of `KEPT` tenants at most; unless it is flooded, also while it has
+        little, or while this one's tenant has so little there that it would begin within the limit."""
         tenant, rank = entry.line
+        there = {other for other, other_rank in self._lines if other_rank % 2 == PROMPT}
+        if tenant not in there and len(there) < KEPT:
+            return True
+        if self._flooded:
+            return False
         prompt = Newcomer(tenant=tenant, tokens=entry.tokens, sequences=entry.sequences)
-        return waiting < KEPT or predicted_wait(self.queue(), prompt, rank - PATIENT + PROMPT) <= self._limit()
+        return len(self._waiting) - self._held < KEPT or predicted_wait(self.queue(), prompt, rank - PATIENT + PROMPT) <= self._limit()
 
     def released(self, entry: Entry) -> None:
         """One that was held back goes to the engine."""

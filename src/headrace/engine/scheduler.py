@@ -129,10 +129,13 @@ class Scheduler:
         if not self.waiting and not self.prefilling:
             self._express = False
             return Plan(self.decoding, [])
-        express = self._newcomers()
+        newcomers = self._newcomers()
+        express = newcomers if self._held_up() else []
         brisk = now < self._shared_until or len(self.tenants) > 1
         beside = 0 if express else len(self.decoding)
-        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), LEAST_PREFILL if beside else EXPRESS_PREFILL)
+        # What is left of a newcomer's prompt isn't cut in two if it is short: its second part would wait for others' turns.
+        short = max((rest for tenant in newcomers if (rest := tenant.next_prompt) <= EXPRESS_PREFILL), default=LEAST_PREFILL)
+        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), short if beside else EXPRESS_PREFILL)
         plan = Plan([], [])
         self._fill(plan, min(room, self.step_tokens - beside), express or self.tenants.active())
         self._express = bool(express and plan.chunks)
@@ -164,12 +167,14 @@ class Scheduler:
         return max([*ours, *tenant.prefilling], key=lambda sequence: (-sequence.job.request.rank, sequence.job.order, sequence.choice))
 
     def _newcomers(self) -> list[Tenant]:
-        """Tenants that wait for a first token and have no other business, if others' decodes would hold them up."""
-        if self._express or not self.decoding:
-            return []
-        if len(self.decoding) * self.pace.per_token <= EXPRESS_SHARE * BRISK.seconds:
+        """Tenants that wait for a first token and have no other business, beside others that decode."""
+        if not self.decoding:
             return []
         return [tenant for tenant in self.tenants.active() if not tenant.decoding and (tenant.waiting or tenant.prefilling)]
+
+    def _held_up(self) -> bool:
+        """Whether others' decodes would hold newcomers up, and sat out no step just now."""
+        return not self._express and len(self.decoding) * self.pace.per_token > EXPRESS_SHARE * BRISK.seconds
 
     def _fill(self, plan: Plan, budget: int, tenants: list[Tenant]) -> None:
         """Spend `budget` tokens on prompts, the least-served tenant first."""

@@ -194,6 +194,10 @@ class EngineServer:
         return lambda: cancel()
 
     def _release_soon(self, pause: float = 0.0) -> None:
+        if self._releasing is not None and not pause:
+            # One that came just now doesn't wait for the next look.
+            self._releasing.cancel()
+            self._releasing = None
         if self._releasing is None and self._held is not None and len(self._held):
             self._releasing = asyncio.get_running_loop().call_later(pause, self._release)
 

@@ -44,6 +44,12 @@ class Tenant:
         return max([first, *(sequence.job.request.rank for sequence in self.prefilling)])
 
     @property
+    def next_prompt(self) -> int:
+        """Tokens that are left of the prompt whose turn comes first; 0 where there is none."""
+        following = self.prefilling or self.waiting
+        return following[0].length - following[0].computed if following else 0
+
+    @property
     def running(self) -> int:
         return len(self.prefilling) + self.decoding
 
