@@ -32,7 +32,6 @@ from headrace.control import (
     AskProbe,
     AskProcesses,
     AskReload,
-    AskTurn,
     Beginning,
     BudgetSeen,
     CircuitCalls,
@@ -61,9 +60,8 @@ from headrace.control import (
     ServedHere,
     ShadowCompared,
     ToChild,
-    TurnGoesOn,
-    TurnSaid,
-    TurnsEnded,
+    TurnMoves,
+    TurnWords,
     VersionPromoted,
     begin,
 )
@@ -87,7 +85,7 @@ from headrace.policies.key_desk import KeyDesk
 from headrace.policies.limit_requests import LimitRequests
 from headrace.policies.prices import Prices
 from headrace.policies.trace import Trace
-from headrace.policies.turn_table import TurnEnd
+from headrace.policies.turn_table import TurnMove
 from headrace.policies.turns import Turns
 from headrace.ports import Ledger, Meters
 from headrace.replicas import Replicas
@@ -238,15 +236,9 @@ class SupervisorLink:
     def probed(self, model: str, number: int, succeeded: bool | None) -> None:
         self.connection.send(ProbeEnded(model, number, succeeded))
 
-    def ask_turn(self, key: bytes, number: int, looked: bool) -> None:
-        """`policies.turns.TurnPlace`, as are the next two."""
-        self.connection.send(AskTurn(key, number, looked))
-
-    def turn_goes_on(self, key: bytes, number: int) -> None:
-        self.connection.send(TurnGoesOn(key, number))
-
-    def end_turns(self, ends: Sequence[tuple[bytes, int, TurnEnd]]) -> None:
-        self.connection.send(TurnsEnded([*ends]))
+    def tell_turns(self, moves: list[tuple[bytes, int, TurnMove]]) -> None:
+        """Of answers that other processes may be asked for, too."""
+        self.connection.send(TurnMoves(moves))
 
     def budget_seen(self, claim: Claim, spent: int) -> None:
         """A budget is nearly spent, or isn't any more."""
@@ -274,9 +266,10 @@ class SupervisorLink:
             answer = self._limits_asked.pop(message.number)
             if not answer.done():
                 answer.set_result(message.replies)
-        elif isinstance(message, TurnSaid):
+        elif isinstance(message, TurnWords):
             if self.turns is not None:
-                self.turns.hear(message.key, message.number, message.word)
+                for key, number, word in message.words:
+                    self.turns.hear(key, number, word)
         elif isinstance(message, CircuitChanged):
             self._circuit_changed(message)
         elif isinstance(message, ProbeAnswer):
@@ -457,7 +450,7 @@ async def _run(beginning: Beginning) -> None:
     keys = SqlKeys(database)
     callers = link.callers = Callers(config.access, keys, pepper, on_met=lambda digest: link.connection.send(KeyMet(digest)))
     if cache is not None and config.server.max_workers > 1:
-        link.turns = Turns(link, cache)
+        link.turns = Turns(link.tell_turns, cache)
     claimants = Claimants(config.limits.anonymous_limit, beyond_loopback=beyond_loopback(beginning.listening))
     tracing = None if config.trace.otel_endpoint is None else Tracing(config.trace)
     app = create_api(

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from headrace.claims import Ask, Reply
 from headrace.config import Config
 from headrace.policies.alert_rules import RequestCounts
-from headrace.policies.turn_table import TurnEnd, TurnWord
+from headrace.policies.turn_table import TurnMove, TurnWord
 from headrace.types import BudgetPeriod, CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles, TrackedError
 
 # Supervisor to child
@@ -316,39 +316,21 @@ class ShadowCompared(msgspec.Struct, frozen=True, tag=89):
     """0 to 1; -1: it failed."""
 
 
-class AskTurn(msgspec.Struct, frozen=True, tag=90):
-    """From an API process: is that answer its to make? It has looked for it."""
+class TurnMoves(msgspec.Struct, frozen=True, tag=90):
+    """From an API process: answers that it would make, or is making, or has made; by key, and by a number of its own."""
 
-    key: bytes
-    number: int
-    looked: bool = False
-    """Also since it was told to."""
+    moves: list[tuple[bytes, int, TurnMove]]
 
 
-class TurnSaid(msgspec.Struct, frozen=True, tag=91):
-    """To an API process: a word on its `AskTurn` of that number."""
+class TurnWords(msgspec.Struct, frozen=True, tag=91):
+    """To an API process: words on its moves."""
 
-    key: bytes
-    number: int
-    word: TurnWord
-
-
-class TurnGoesOn(msgspec.Struct, frozen=True, tag=92):
-    """From an API process: it is making the answer that is `wanted`."""
-
-    key: bytes
-    number: int
-
-
-class TurnsEnded(msgspec.Struct, frozen=True, tag=93):
-    """From an API process: what has become of answers, by key and number."""
-
-    ends: list[tuple[bytes, int, TurnEnd]]
+    words: list[tuple[bytes, int, TurnWord]]
 
 
 ToChild = (
     Setup
-    | TurnSaid
+    | TurnWords
     | Hold
     | Release
     | ModelKnown
@@ -370,9 +352,7 @@ ToChild = (
 )
 ToSupervisor = (
     Alive
-    | AskTurn
-    | TurnGoesOn
-    | TurnsEnded
+    | TurnMoves
     | Held
     | ModelInUse
     | AskModels

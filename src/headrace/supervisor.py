@@ -35,7 +35,6 @@ from headrace.control import (
     AskProbe,
     AskProcesses,
     AskReload,
-    AskTurn,
     BudgetSeen,
     CircuitCalls,
     ErrorsNoted,
@@ -54,9 +53,8 @@ from headrace.control import (
     ShadowCompared,
     ToChild,
     ToSupervisor,
-    TurnGoesOn,
-    TurnSaid,
-    TurnsEnded,
+    TurnMoves,
+    TurnWords,
     VersionPromoted,
 )
 from headrace.engine_places import check_standby
@@ -193,7 +191,9 @@ class Supervisor:
         self._asked: set[asyncio.Task[None]] = set()
         self._limits = LimitTable()
         """Of `limits_url = memory://`; of requests and budgets it knows what API processes ask."""
-        self._turns = TurnTable(self._say_turn)
+        self._turn_words: dict[int, list[tuple[bytes, int, TurnWord]]] = {}
+        """What is to be told by `_say_turns`, by process."""
+        self._turns = TurnTable(lambda pid, *word: self._turn_words.setdefault(pid, []).append(word))
         self._signals = 0
         self._signalled = asyncio.Event()
         self._quarantined = {name: quarantine.Quarantine() for name in names}
@@ -398,14 +398,11 @@ class Supervisor:
         if isinstance(message, AskLimits):
             pid = child.pid
             child.tell(LimitsAnswer(message.number, [self._limits.answer(ask, pid) for ask in message.asks]))
-        elif isinstance(message, AskTurn):
-            if child.pid:  # else it is what a dead one has left in the socket
-                self._turns.ask(child.pid, message.key, message.number, looked=message.looked)
-        elif isinstance(message, TurnsEnded):
-            for key, number, how in message.ends:
-                self._turns.end(child.pid, key, number, how)
-        elif isinstance(message, TurnGoesOn):
-            self._turns.goes_on(child.pid, message.key, message.number)
+        elif isinstance(message, TurnMoves):
+            if pid := child.pid:  # else it is what a dead one has left in the socket
+                for key, number, move in message.moves:
+                    self._turns.hear(pid, key, number, move)
+                self._say_turns()
         elif isinstance(message, CircuitCalls | AskProbe | ProbeEnded):
             answer = self._circuits.hear(message, child.pid)
             if answer is not None:
@@ -447,10 +444,11 @@ class Supervisor:
     def _tell_apis(self, message: ToChild) -> None:
         self._apis.tell(message)
 
-    def _say_turn(self, pid: int, key: bytes, number: int, word: TurnWord) -> None:
+    def _say_turns(self) -> None:
+        words, self._turn_words = self._turn_words, {}
         for api in self._apis:
-            if api.pid == pid:
-                api.tell(TurnSaid(key, number, word))
+            if ours := words.get(api.pid):
+                api.tell(TurnWords(ours))
 
     def _api_changed(self, api: Child) -> None:
         self._yard.api_began(api)
@@ -467,6 +465,7 @@ class Supervisor:
         self._limits.lapse(pid)
         self._circuits.lapse(pid)
         self._turns.lapse(pid)
+        self._say_turns()
         if self._recovery is not None:
             self._recovery.want()
         for path in self._figures.glob(f"gauge_live*_{pid}.db"):

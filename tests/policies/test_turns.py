@@ -16,7 +16,7 @@ from headrace.errors import DeadlineExceeded, RequestFailed
 from headrace.journey import Journey
 from headrace.policies import turns as turns_module
 from headrace.policies.cache import HEADER
-from headrace.policies.turn_table import LATELY, SILENT, TurnEnd, TurnTable, TurnWord
+from headrace.policies.turn_table import LATELY, SILENT, TurnMove, TurnTable, TurnWord
 from headrace.policies.turns import Turns
 from headrace.types import CacheTags, Call, Delta, Event
 
@@ -36,11 +36,11 @@ class Table:
         self.table = TurnTable(lambda process, key, number, word: self._said.append((process, word)), clock=lambda: self.now)
 
     def ask(self, process: int, *, looked: bool = False) -> list[tuple[int, TurnWord]]:
-        self.table.ask(process, b"k", process, looked=looked)
+        self.table.hear(process, b"k", process, "ask again" if looked else "ask")
         return self.said()
 
-    def end(self, process: int, how: TurnEnd) -> list[tuple[int, TurnWord]]:
-        self.table.end(process, b"k", process, how)
+    def end(self, process: int, how: TurnMove) -> list[tuple[int, TurnWord]]:
+        self.table.hear(process, b"k", process, how)
         return self.said()
 
     def said(self) -> list[tuple[int, TurnWord]]:
@@ -106,7 +106,7 @@ def test_one_who_hangs_loses_its_turn_and_one_who_answers_does_not() -> None:
     table.ask(A)
     for _ in range(10):
         assert table.ask(B) == [(B, "wait"), (A, "wanted")]
-        table.table.goes_on(A, b"k", A)
+        table.table.hear(A, b"k", A, "go on")
         table.now += 1
     table.ask(B)
     table.now += SILENT + 0.1
@@ -118,7 +118,7 @@ def test_one_who_hangs_loses_its_turn_and_one_who_answers_does_not() -> None:
     assert len(table.table) == 0
 
 
-_moves = st.tuples(st.sampled_from(["ask", "looked", "kept", "left", "apart", "goes_on", "lapse", "time"]), st.integers(1, 4))
+_moves = st.tuples(st.sampled_from(["ask", "ask again", "go on", "kept", "left", "apart", "lapse", "time"]), st.integers(1, 4))
 
 
 @given(st.lists(_moves, max_size=40))
@@ -126,17 +126,15 @@ def test_nothing_is_left_when_all_are_gone_and_nobody_who_waits_is_forgotten(mov
     now, last = 0.0, {}
     table = TurnTable(lambda process, key, number, word: word == "wanted" or last.update({process: word}), clock=lambda: now)
     for move, process in moves:
-        if move in ("ask", "looked"):
-            table.ask(process, b"k", process, looked=move == "looked")
-        elif move == "goes_on":
-            table.goes_on(process, b"k", process)
+        if move in ("ask", "ask again", "go on"):
+            table.hear(process, b"k", process, move)  # type: ignore[arg-type]
         elif move == "lapse":
             table.lapse(process)
             last.pop(process, None)
         elif move == "time":
             now += 1.5
         elif last.get(process) == "make" or move == "left":
-            table.end(process, b"k", process, move)  # type: ignore[arg-type]
+            table.hear(process, b"k", process, move)  # type: ignore[arg-type]
             last.pop(process, None)
         # Somebody is at work as long as anybody waits.
         assert "wait" not in last.values() or "make" in last.values()
@@ -182,18 +180,12 @@ class Process:
         self._machine = machine
         self._pid = pid
         self.answers = SharedAnswers(machine.below)
-        self.turns = Turns(self, self.answers)
+        self.turns = Turns(self.tell, self.answers)
         self.journey, self.engine, _, self.cache = told_journey(answers=self.answers, turns=self.turns, price=0.5, timeout=timeout)
 
-    def ask_turn(self, key: bytes, number: int, looked: bool) -> None:
-        self._machine.send("ask", self._pid, key, number, looked=looked)
-
-    def turn_goes_on(self, key: bytes, number: int) -> None:
-        self._machine.send("goes_on", self._pid, key, number)
-
-    def end_turns(self, ends: Sequence[tuple[bytes, int, TurnEnd]]) -> None:
-        for key, number, how in ends:
-            self._machine.send("end", self._pid, key, number, how)
+    def tell(self, moves: list[tuple[bytes, int, TurnMove]]) -> None:
+        for key, number, move in moves:
+            self._machine.send(self._pid, key, number, move)
 
 
 class Machine:
@@ -204,10 +196,10 @@ class Machine:
         self.asked = 0
         self.processes = [Process(self, pid, timeout) for pid in range(2)]
 
-    def send(self, what: str, *arguments: object, **more: object) -> None:
-        self.asked += what == "ask"
+    def send(self, pid: int, key: bytes, number: int, move: TurnMove) -> None:
+        self.asked += move == "ask"
         if not self.deaf:
-            asyncio.get_running_loop().call_soon(lambda: getattr(self.table, what)(*arguments, **more))
+            asyncio.get_running_loop().call_soon(self.table.hear, pid, key, number, move)
 
     def _say(self, pid: int, key: bytes, number: int, word: TurnWord) -> None:
         asyncio.get_running_loop().call_soon(self.processes[pid].turns.hear, key, number, word)

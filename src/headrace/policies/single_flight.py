@@ -318,8 +318,8 @@ class Flight:
         self.generation: Generation | None = None
         self.turn: Turn | None = None
         """At making the answer, among the API processes of this machine."""
-        self.waiting: asyncio.Task[tuple[StoredAnswer, str] | None] | None = None
-        """Waits for that turn; what another process has made instead."""
+        self.waiting: asyncio.Future[tuple[StoredAnswer, str] | None] | None = None
+        """For that turn; what another process has made instead."""
 
     @property
     def stands_still(self) -> bool:

@@ -13,8 +13,11 @@ from typing import Literal
 TurnWord = Literal["make", "wait", "look", "wanted"]
 """`make`: it is your turn, or there is nothing to wait for. `wait`: another process is making it; ask again now and then. `look`: it is
 kept, and can be read. `wanted`, to who has the turn: somebody waits; say how it stands."""
-TurnEnd = Literal["kept", "left", "apart"]
-"""`kept`: everybody can read the answer now. `left`: nobody wants it here any more; who waits may go on. `apart`: this answer is not for
+TurnMove = Literal["ask", "ask again", "go on", "kept", "left", "apart"]
+"""`ask`: a process has looked for an answer and would make it, or still waits for it. `ask again`: it has also looked when it was told to.
+`go on`: what a maker says when it is `wanted`, and has no end to tell. The others are ends.
+
+`kept`: everybody can read the answer now. `left`: nobody wants it here any more; who waits may go on. `apart`: this answer is not for
 others, or not soon; each is to make its own."""
 
 LATELY = 2.0
@@ -51,8 +54,26 @@ class TurnTable:
         """Answers that are being made, or are about to be kept."""
         return len(self._turns)
 
-    def ask(self, process: int, key: bytes, number: int, *, looked: bool = False) -> None:
-        """A process is about to make the answer, or still waits for it. `looked`: it has looked, also after the last `look`."""
+    def hear(self, process: int, key: bytes, number: int, move: TurnMove) -> None:
+        """What a process says. What isn't known any more is no error."""
+        if move == "ask" or move == "ask again":
+            self._ask(process, key, number, looked=move == "ask again")
+            return
+        turn = self._turns.get(key)
+        if move != "go on":
+            self._end(process, key, number, move)
+        elif turn is not None and turn.maker == (process, number):
+            turn.asked_at = None
+
+    def lapse(self, process: int) -> None:
+        """A process is gone."""
+        for key, turn in [*self._turns.items()]:
+            for claimant in [each for each in turn.waiting if each[0] == process]:
+                del turn.waiting[claimant]
+            if turn.maker[0] == process:
+                self._pass_on(key, turn)
+
+    def _ask(self, process: int, key: bytes, number: int, *, looked: bool) -> None:
         claimant, now = (process, number), self._clock()
         turn = self._turns.get(key)
         if turn is None:
@@ -73,14 +94,8 @@ class TurnTable:
             self._say(process, key, number, "wait")
             self._say(turn.maker[0], key, turn.maker[1], "wanted")
 
-    def goes_on(self, process: int, key: bytes, number: int) -> None:
-        """What a maker says when it is `wanted`, and has no end to tell."""
-        turn = self._turns.get(key)
-        if turn is not None and turn.maker == (process, number):
-            turn.asked_at = None
-
-    def end(self, process: int, key: bytes, number: int, how: TurnEnd) -> None:
-        """A turn is over, or one who waited (`left`) waits no longer. What isn't known any more is no error."""
+    def _end(self, process: int, key: bytes, number: int, how: Literal["kept", "left", "apart"]) -> None:
+        """A turn is over, or one who waited (`left`) waits no longer."""
         if how == "kept":
             self._note(key)
         turn = self._turns.get(key)
@@ -94,14 +109,6 @@ class TurnTable:
                 self._say(other, key, its_number, "look" if how == "kept" else "make")
         if ours:
             self._pass_on(key, turn)
-
-    def lapse(self, process: int) -> None:
-        """A process is gone."""
-        for key, turn in [*self._turns.items()]:
-            for claimant in [each for each in turn.waiting if each[0] == process]:
-                del turn.waiting[claimant]
-            if turn.maker[0] == process:
-                self._pass_on(key, turn)
 
     def _pass_on(self, key: bytes, turn: _Turn) -> None:
         first = next(iter(turn.waiting), None)

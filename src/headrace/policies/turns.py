@@ -9,9 +9,9 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
-from headrace.policies.turn_table import TurnEnd, TurnWord
+from headrace.policies.turn_table import TurnMove, TurnWord
 from headrace.ports import Publishes
 
 WORD = 1.0
@@ -19,29 +19,24 @@ WORD = 1.0
 STANDS = 1.0
 """Seconds that others wait for an answer that stands still: because nobody reads it, or because it isn't written."""
 
-
-class TurnPlace(Protocol):
-    """Where the table is: the supervisor. Nothing here waits."""
-
-    def ask_turn(self, key: bytes, number: int, looked: bool) -> None:
-        """The word on it comes by `Turns.hear`."""
-        ...
-
-    def turn_goes_on(self, key: bytes, number: int) -> None:
-        """It is being made."""
-        ...
-
-    def end_turns(self, ends: Sequence[tuple[bytes, int, TurnEnd]]) -> None:
-        """They are over."""
-        ...
+Tell = Callable[[list[tuple[bytes, int, TurnMove]]], None]
+"""Brings moves to the table, in their order, and waits for nothing. Its words come by `Turns.hear`."""
 
 
 class Turn:
-    """One wish to make an answer. `stands_still` says whether what it has become makes no progress."""
+    """One wish to make an answer. `came` is called when it is to be made here, or can be read; `stands_still` says whether what it has
+    become makes no progress."""
 
-    __slots__ = ("_place", "_words", "keeping", "key", "number", "stands_still", "stood_since", "wanted")
+    __slots__ = ("_came", "_move", "_silent", "_tell", "_timer", "keeping", "key", "number", "stands_still", "stood_since", "wanted")
 
-    def __init__(self, place: TurnPlace, key: bytes, number: int, stands_still: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        number: int,
+        tell: Callable[[Turn, TurnMove], None],
+        came: Callable[[Literal["make", "look"]], None],
+        stands_still: Callable[[], bool],
+    ) -> None:
         self.key = key
         self.number = number
         self.stands_still = stands_still
@@ -50,40 +45,57 @@ class Turn:
         """Others have waited for it."""
         self.keeping = False
         """The answer is made, and on its way to where others can read it."""
-        self._place = place
-        self._words: asyncio.Queue[TurnWord] = asyncio.Queue()
+        self._tell = tell
+        self._came = came
+        self._move: TurnMove = "ask"
+        self._silent = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._ask()
 
-    def say(self, word: TurnWord) -> None:
-        self._words.put_nowait(word)
+    @property
+    def asked_again(self) -> bool:
+        return self._move == "ask again"
 
-    async def come(self, *, looked: bool) -> Literal["make", "look"]:
-        """Wait until the answer is to be made here, or can be read. `looked`: since the last word it was looked for, and not found."""
-        self._place.ask_turn(self.key, self.number, looked)
-        silent = True
-        while True:
-            try:
-                async with asyncio.timeout(WORD):
-                    word = await self._words.get()
-            except TimeoutError:
-                if silent:
-                    return "make"
-                self._place.ask_turn(self.key, self.number, looked)
-                silent = True
-                continue
-            if word == "make" or word == "look":
-                return word
-            silent = False
+    def ask_again(self) -> None:
+        """It was looked for, and not found."""
+        self._move = "ask again"
+        self._ask()
+
+    def say(self, word: Literal["make", "wait", "look"]) -> None:
+        if word == "wait":
+            self._silent = False
+        elif self._timer is not None:
+            self.stop()
+            self._came(word)
+
+    def stop(self) -> None:
+        """Wait no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ask(self) -> None:
+        self._silent = True
+        self._tell(self, self._move)
+        self._timer = asyncio.get_running_loop().call_later(WORD, self._no_word)
+
+    def _no_word(self) -> None:
+        if self._silent:
+            self.say("make")
+        else:
+            self._ask()
 
 
 class Turns:
     """`answers`: where what is made is kept, for all processes to read."""
 
-    def __init__(self, place: TurnPlace, answers: Publishes) -> None:
-        self._place = place
+    def __init__(self, tell: Tell, answers: Publishes) -> None:
+        self._tell = tell
         self._answers = answers
         self._turns: dict[int, Turn] = {}
         self._keeping: dict[bytes, Turn] = {}
         self._numbers = itertools.count(1)
+        self._moves: list[tuple[bytes, int, TurnMove]] = []
         answers.told = self._kept
 
     @property
@@ -91,9 +103,10 @@ class Turns:
         """Whether an answer that is made here can reach others at all, just now."""
         return self._answers.shared
 
-    def begin(self, key: bytes, stands_still: Callable[[], bool]) -> Turn:
+    def begin(self, key: bytes, came: Callable[[Literal["make", "look"]], None], stands_still: Callable[[], bool]) -> Turn:
+        """Ask for a turn."""
         number = next(self._numbers)
-        turn = self._turns[number] = Turn(self._place, key, number, stands_still)
+        turn = self._turns[number] = Turn(key, number, self._told, came, stands_still)
         return turn
 
     def keep(self, turn: Turn) -> None:
@@ -110,7 +123,8 @@ class Turns:
     def end(self, turn: Turn, how: Literal["left", "apart"]) -> None:
         """Idempotent. Of one that is `keeping` the end is told when it is kept."""
         if not turn.keeping and self._turns.pop(turn.number, None) is not None:
-            self._place.end_turns([(turn.key, turn.number, how)])
+            turn.stop()
+            self._told(turn, how)
 
     def forget(self, turn: Turn) -> None:
         """It found what others have made: the table knows nothing of it any more."""
@@ -120,17 +134,14 @@ class Turns:
         """What the table says."""
         turn = self._turns.get(number)
         if word == "wanted":
-            self._wanted(key, number, turn)
+            if turn is None:
+                self._add(key, number, "left")
+            else:
+                self._wanted(turn)
         elif turn is not None:
             turn.say(word)
-        elif word == "make":
-            # It has been given up meanwhile, and the table will hear of that; or it has heard, and has forgotten.
-            self._place.end_turns([(key, number, "left")])
 
-    def _wanted(self, key: bytes, number: int, turn: Turn | None) -> None:
-        if turn is None:
-            self._place.end_turns([(key, number, "left")])
-            return
+    def _wanted(self, turn: Turn) -> None:
         turn.wanted = True
         if turn.keeping:
             self._answers.hurry()
@@ -141,17 +152,29 @@ class Turns:
         elif time.monotonic() - turn.stood_since > STANDS:
             self._over([turn], "apart")
             return
-        self._place.turn_goes_on(key, number)
+        self._told(turn, "go on")
 
     def _kept(self, keys: Sequence[bytes], readable: bool) -> None:
         """Of some answers it is known now whether others can read them."""
         turns = [turn for key in keys if (turn := self._keeping.get(key)) is not None]
         self._over(turns, "kept" if readable else "apart")
 
-    def _over(self, turns: list[Turn], how: TurnEnd) -> None:
+    def _over(self, turns: list[Turn], how: Literal["kept", "apart"]) -> None:
         for turn in turns:
             del self._turns[turn.number]
             if self._keeping.get(turn.key) is turn:
                 del self._keeping[turn.key]
-        if turns:
-            self._place.end_turns([(turn.key, turn.number, how) for turn in turns])
+            self._told(turn, how)
+
+    def _told(self, turn: Turn, move: TurnMove) -> None:
+        self._add(turn.key, turn.number, move)
+
+    def _add(self, key: bytes, number: int, move: TurnMove) -> None:
+        """Moves of the same moment go in one message."""
+        if not self._moves:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._moves.append((key, number, move))
+
+    def _flush(self) -> None:
+        moves, self._moves = self._moves, []
+        self._tell(moves)
