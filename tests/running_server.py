@@ -19,9 +19,9 @@ from headrace.config import StoreSection
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.mint import Actor, Wish
 from headrace.policies.operator_pass import operator_pass
+from headrace.records import KeyRecord
 from headrace.stores.opening import open_stores
 from headrace.stores.sql_keys import SqlKeys
-from headrace.types import KeyRecord
 
 T = TypeVar("T")
 

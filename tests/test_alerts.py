@@ -16,8 +16,8 @@ from headrace.alerts import Alerts
 from headrace.config import AlertSection
 from headrace.control import BudgetSeen, RequestsEnded
 from headrace.policies.alert_rules import RequestCounts
+from headrace.records import AuditEntry, KeyRecord, LimitSpec
 from headrace.stores.memory_keys import MemoryKeys
-from headrace.types import AuditEntry, KeyRecord, LimitSpec
 
 pytestmark = pytest.mark.anyio
 

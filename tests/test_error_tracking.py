@@ -17,7 +17,7 @@ from headrace.claims import parse_rate
 from headrace.config import LogSection, ServerSection
 from headrace.error_tracking import DETAIL_LENGTH, MOST, ErrorCounts, ErrorTracker, added, steady, tracked
 from headrace.errors import StoreUnavailable
-from headrace.types import TrackedError
+from headrace.records import TrackedError
 
 
 def failing(text: str) -> BaseException:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from headrace.records import TrackedError
 from headrace.stores.database import Database
 from headrace.stores.errors_sql import SqlErrors
-from headrace.types import TrackedError
 from real_servers import PostgresServer
 from running_server import RunningServer, eventually
 

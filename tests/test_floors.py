@@ -12,6 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "headrace"
 
 FLOORS: dict[str, int] = {
     "types": 0,
+    "records": 0,
+    "call": 0,
     "unwinding": 0,
     "claims": 0,
     "waiting": 0,

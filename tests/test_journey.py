@@ -6,10 +6,11 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from headrace.call import Call
 from headrace.errors import RequestFailed, Unauthorized
 from headrace.journey import Journey
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
+from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
 
 pytestmark = pytest.mark.anyio
 

@@ -15,7 +15,7 @@ from headrace.control import BudgetSeen, RequestsEnded
 from headrace.errors import StoreUnavailable
 from headrace.policies.alert_rules import Alert, AlertBoard, AlertRules, BudgetUse
 from headrace.ports import KeyRegister
-from headrace.types import KeyRecord
+from headrace.records import KeyRecord
 
 LOOK = 1.0
 """Seconds between looks at what is true; shorter where a rule wants something to last for less."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from headrace.types import BudgetPeriod, LimitSpec
+from headrace.records import BudgetPeriod, LimitSpec
 
 Dimension = Literal["requests", "tokens", "concurrency", "budget"]
 """What ran out: the requests' bucket, the tokens' bucket, the requests at a time, or the budget of tokens."""

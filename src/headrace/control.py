@@ -25,9 +25,8 @@ from headrace.claims import Ask, Reply
 from headrace.config import Config
 from headrace.policies.alert_rules import RequestCounts
 from headrace.policies.turn_table import TurnMove, TurnWord
-from headrace.types import BudgetPeriod, CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles, TrackedError
-
-# Supervisor to child
+from headrace.records import BudgetPeriod, TrackedError
+from headrace.types import CircuitState, EngineState, EngineStats, EngineStatus, ModelFiles
 
 
 class ServedHere(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from headrace import __version__
-from headrace.types import TrackedError
+from headrace.records import TrackedError
 
 FRAMES = 4
 """Most frames of our own code that tell where an error was raised."""

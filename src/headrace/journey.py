@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from hashlib import sha256
 
+from headrace.call import Call, Sink
 from headrace.config import Config
 from headrace.policies.admit import Admit, Crowds, TurnAway
 from headrace.policies.ask_engine import AskEngine
@@ -27,7 +28,7 @@ from headrace.policies.shadow import Shadow, Told
 from headrace.policies.turns import Turns
 from headrace.ports import Answers, Books, HandsOver, Limits, Step, hands_over
 from headrace.served import ServedModels
-from headrace.types import Call, Event, Sink
+from headrace.types import Event
 from headrace.unwinding import Unwinding
 
 

@@ -7,28 +7,23 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, runtime_checkable
 
+from headrace.call import Call
 from headrace.claims import Claim, Extended, Refused, Room, Take, Taken
 from headrace.errors import HeadraceError
-from headrace.types import (
+from headrace.records import (
     AuditEntry,
     CacheSize,
     CacheTags,
-    Call,
-    EngineCard,
-    EngineStats,
-    Event,
-    GenerateRequest,
     KeyChanges,
     KeyRecord,
     KnownKey,
-    Message,
-    Report,
     TenantRecord,
     TrackedError,
     UsageLine,
     UsageQuery,
     UsageRow,
 )
+from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Message, Report
 
 if TYPE_CHECKING:  # annotations are all that needs it here
     import numpy as np

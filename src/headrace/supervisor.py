@@ -67,6 +67,7 @@ from headrace.policies.breaker import BreakerRules
 from headrace.policies.filter_input import filter_steps
 from headrace.policies.prices import Prices
 from headrace.policies.turn_table import TurnTable, TurnWord
+from headrace.records import UsageRow
 from headrace.reload import added, changes, usable
 from headrace.stores.cache_open import second_level
 from headrace.stores.data_dir import database_url, journal_folder, owed_folder
@@ -82,7 +83,6 @@ from headrace.stores.recovery import Recovery
 from headrace.stores.sql_keys import SqlKeys
 from headrace.tls import check_tls
 from headrace.tracing import check_tracing
-from headrace.types import UsageRow
 from headrace.upgrades import Upgrades, remembered
 
 RECOVERY_TIMEOUT = 20.0

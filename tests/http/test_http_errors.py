@@ -18,11 +18,12 @@ from headrace.journey import Journey
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
 from headrace.ports import ErrorBook
+from headrace.records import TrackedError
 from headrace.served import ServedModels
 from headrace.stores.database import Database
 from headrace.stores.errors_sql import SqlErrors
 from headrace.stores.memory_keys import MemoryKeys
-from headrace.types import Delta, Event, GenerateRequest, Report, TrackedError
+from headrace.types import Delta, Event, GenerateRequest, Report
 
 pytestmark = pytest.mark.anyio
 PROMPT = "a prompt that is nobody's business"

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from serving_echo import live, stand
 
+from headrace.call import Call
 from headrace.http.exchange import Exchange
-from headrace.types import Call
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from http_access_stand import house
 from serving_echo import client
 
 from headrace.policies.bill import as_csv, groups_of
+from headrace.records import UsageLine, UsageRow
 from headrace.stores.ledger_memory import MemoryLedger
-from headrace.types import UsageLine, UsageRow
 
 pytestmark = pytest.mark.anyio
 

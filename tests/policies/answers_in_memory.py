@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+from headrace.call import Call
 from headrace.config import ServerSection
 from headrace.journey import Journey
 from headrace.models.byte_tokenizer import ByteTokenizer
 from headrace.policies.cache import ResponseCache
 from headrace.policies.prepare import Prepare
 from headrace.policies.turns import Turns
+from headrace.records import CacheTags
 from headrace.served import ServedModel, ServedModels
-from headrace.types import CacheTags, Call, Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
+from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
 
 CAPABILITIES = frozenset({"tokens", "logprobs", "logit_bias", "seed", "n", "min_p", "top_k", "min_tokens", "ignore_eos"})
 

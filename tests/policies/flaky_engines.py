@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
+from headrace.call import Call
 from headrace.config import ResilienceSection, ServerSection
 from headrace.errors import HeadraceError
 from headrace.journey import Journey
@@ -18,18 +19,7 @@ from headrace.policies.prepare import Prepare
 from headrace.policies.route import Fallbacks, OldAnswers
 from headrace.ports import Step
 from headrace.served import ServedModel, ServedModels
-from headrace.types import (
-    Call,
-    Delta,
-    EngineCard,
-    EngineStats,
-    EngineStatus,
-    Event,
-    GenerateRequest,
-    ModelFiles,
-    Report,
-    Sampling,
-)
+from headrace.types import Delta, EngineCard, EngineStats, EngineStatus, Event, GenerateRequest, ModelFiles, Report, Sampling
 
 CAPABILITIES = frozenset({"tokens", "seed", "n", "min_tokens", "logit_bias", "stop_token_ids"})
 

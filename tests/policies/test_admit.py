@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from flaky_engines import FlakyEngine, Gateway, asked, served
 
+from headrace.call import Call
 from headrace.errors import HeadraceError, WaitTooLong
 from headrace.policies.admit import Admit, Crowds, TurnAway
-from headrace.types import PATIENT, Call, Sampling
+from headrace.types import PATIENT, Sampling
 from headrace.waiting import BURST, Bounds, Line, Queue, rank_of
 
 pytestmark = pytest.mark.anyio

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 import pytest
 from flaky_engines import FlakyEngine, Gateway, asked, said, served
 
+from headrace.call import Call
 from headrace.errors import (
     BadRequest,
     CircuitOpen,
@@ -22,7 +23,7 @@ from headrace.errors import (
 )
 from headrace.policies import circuit
 from headrace.policies.ask_engine import MODEL_HEADER
-from headrace.types import Call, EngineStatus
+from headrace.types import EngineStatus
 
 pytestmark = pytest.mark.anyio
 

@@ -9,12 +9,13 @@ from answers_in_memory import ToldEngine, greedy, told_journey, until
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.call import Call
 from headrace.errors import RequestFailed
 from headrace.journey import Journey
 from headrace.policies.answer_key import answer_key
 from headrace.policies.cache import LARGEST, wanted
 from headrace.policies.stored_answer import PIECE, StoredAnswer, joined, pack, unpack
-from headrace.types import Call, Delta, Event, GenerateRequest, Message, PromptScores, Report, Sampling, TokenLogprob
+from headrace.types import Delta, Event, GenerateRequest, Message, PromptScores, Report, Sampling, TokenLogprob
 
 pytestmark = pytest.mark.anyio
 

@@ -21,8 +21,8 @@ from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.key_secret import digest_of, looks_like_secret, new_secret
 from headrace.policies.mint import Actor, Wish
+from headrace.records import Caller, KeyChanges, KnownKey, Scope
 from headrace.stores.memory_keys import MemoryKeys
-from headrace.types import Caller, KeyChanges, KnownKey, Scope
 
 pytestmark = pytest.mark.anyio
 OPERATOR = Actor("cli:ada")

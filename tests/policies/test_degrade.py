@@ -6,7 +6,8 @@ from flaky_engines import FlakyEngine, Gateway, asked, served
 from headrace.config import ResilienceSection
 from headrace.policies.ask_engine import MODEL_HEADER
 from headrace.policies.degrade import HEADER, Degrade
-from headrace.types import EngineStatus, KeyRecord, Sampling
+from headrace.records import KeyRecord
+from headrace.types import EngineStatus, Sampling
 
 pytestmark = pytest.mark.anyio
 

@@ -5,11 +5,12 @@ import time
 
 import pytest
 
+from headrace.call import Call
 from headrace.config import FilterSection
 from headrace.errors import ConfigError, ContentRefused, HeadraceError, InvalidParameter, Unsupported
 from headrace.policies.filter_input import filter_input_steps, filter_steps
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Message, ModelFiles, Sampling
+from headrace.types import Message, ModelFiles, Sampling
 
 pytestmark = pytest.mark.anyio
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.call import Call
 from headrace.config import FilterSection
 from headrace.journey import Journey
 from headrace.policies.filter_input import filter_steps
@@ -16,7 +17,7 @@ from headrace.policies.filter_output import FilterOutput
 from headrace.policies.filters.rules import output_rules
 from headrace.policies.filters.stream import Rules
 from headrace.served import ServedModels
-from headrace.types import Call, Delta, Event, Report, Sampling, TokenLogprob
+from headrace.types import Delta, Event, Report, Sampling, TokenLogprob
 
 REPORT = Report(prompt_tokens=3, cached_tokens=0, completion_tokens=9, queue_ms=0, prefill_ms=0, decode_ms=0)
 

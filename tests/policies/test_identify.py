@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr
 
+from headrace.call import ANONYMOUS, Call
 from headrace.config import AccessSection
 from headrace.errors import Unauthorized
 from headrace.policies.callers import Callers, tenant_number
 from headrace.policies.identify import Identify
-from headrace.types import ANONYMOUS, Call, Sampling
+from headrace.types import Sampling
 
 pytestmark = pytest.mark.anyio
 

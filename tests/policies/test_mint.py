@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from headrace.errors import Forbidden, InvalidParameter, NotFound
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.mint import Actor, Wish, mint
+from headrace.records import KeyRecord, LimitSpec, Scope
 from headrace.stores.memory_keys import MemoryKeys
-from headrace.types import KeyRecord, LimitSpec, Scope
 
 NOW = 1000.0
 OPERATOR = Actor("cli:ada")

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from headrace.call import Call
 from headrace.config import ServerSection
 from headrace.errors import ContextLengthExceeded, InvalidParameter, ModelNotFound, TooManyTokens, Unsupported
 from headrace.policies.prepare import Prepare, fit
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, EngineCard, Message, ModelFiles, Sampling
+from headrace.types import EngineCard, Message, ModelFiles, Sampling
 
 pytestmark = pytest.mark.anyio
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from headrace.call import Call
 from headrace.claims import Ask, Claim, Reply, Settle, Take, Taken
 from headrace.errors import EngineDied, HeadraceError, RateLimited
 from headrace.journey import Journey
@@ -16,23 +17,11 @@ from headrace.policies import reserve
 from headrace.policies.claimants import Claimants, network_of
 from headrace.policies.rate_answers import duration
 from headrace.policies.reserve import Reserve
+from headrace.records import KeyRecord, LimitSpec, TenantRecord
 from headrace.served import ServedModel, ServedModels
 from headrace.stores.limit_table import LimitTable
 from headrace.stores.shared_limits import SharedLimits
-from headrace.types import (
-    Call,
-    Delta,
-    EngineCard,
-    EngineStats,
-    Event,
-    GenerateRequest,
-    KeyRecord,
-    LimitSpec,
-    ModelFiles,
-    Report,
-    Sampling,
-    TenantRecord,
-)
+from headrace.types import Delta, EngineCard, EngineStats, Event, GenerateRequest, ModelFiles, Report, Sampling
 
 pytestmark = pytest.mark.anyio
 

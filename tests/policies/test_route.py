@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from flaky_engines import FlakyEngine, Gateway, asked, said, served
 
+from headrace.call import Call
 from headrace.errors import (
     BadRequest,
     ContextLengthExceeded,
@@ -22,8 +23,9 @@ from headrace.errors import (
 )
 from headrace.policies.ask_engine import MODEL_HEADER
 from headrace.policies.route import HEADER, candidate, canned
+from headrace.records import KeyRecord
 from headrace.served import ServedModel
-from headrace.types import Call, Delta, EngineStatus, Event, GenerateRequest, KeyRecord, Report, Sampling
+from headrace.types import Delta, EngineStatus, Event, GenerateRequest, Report, Sampling
 
 pytestmark = pytest.mark.anyio
 

@@ -10,9 +10,10 @@ from answers_in_memory import ToldEngine, greedy, told_journey, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.call import Call
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable, RateLimited, RequestFailed
 from headrace.journey import Journey
-from headrace.types import Call, Delta, Event
+from headrace.types import Delta, Event
 
 pytestmark = pytest.mark.anyio
 

@@ -12,12 +12,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from headrace.call import Call, ServedFrom
 from headrace.errors import EngineDied, ModelNotFound
 from headrace.journey import Journey
 from headrace.policies.trace import PARENT, Trace
 from headrace.ports import Step
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Delta, EngineStats, Event, ModelFiles, Report, Sampling, ServedFrom
+from headrace.types import Delta, EngineStats, Event, ModelFiles, Report, Sampling
 
 pytestmark = pytest.mark.anyio
 TRACE, SPAN = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331

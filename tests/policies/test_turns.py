@@ -12,13 +12,15 @@ from answers_in_memory import KeptAnswers, ToldEngine, greedy, told_journey, unt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.call import Call
 from headrace.errors import DeadlineExceeded, RequestFailed
 from headrace.journey import Journey
 from headrace.policies import turns as turns_module
 from headrace.policies.cache import HEADER
 from headrace.policies.turn_table import LATELY, SILENT, TurnMove, TurnTable, TurnWord
 from headrace.policies.turns import Turns
-from headrace.types import CacheTags, Call, Delta, Event
+from headrace.records import CacheTags
+from headrace.types import Delta, Event
 
 pytestmark = pytest.mark.anyio
 

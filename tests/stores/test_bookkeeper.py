@@ -13,6 +13,7 @@ import pytest
 
 from headrace.claims import Ask, Charge, Claim
 from headrace.errors import StoreUnavailable
+from headrace.records import UsageQuery, UsageRow
 from headrace.stores import bookkeeper as module
 from headrace.stores.bookkeeper import Bookkeeper
 from headrace.stores.database import Database
@@ -22,7 +23,7 @@ from headrace.stores.ledger_sql import SqlLedger
 from headrace.stores.limits_owed import OWED, OwedFile
 from headrace.stores.recovery import Recovery
 from headrace.stores.slots import SharedSlots
-from headrace.types import Report, UsageQuery, UsageRow
+from headrace.types import Report
 
 pytestmark = pytest.mark.anyio
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from headrace.errors import StoreUnavailable
 from headrace.ports import Cache, Sized
+from headrace.records import CacheTags
 from headrace.stores.cache_memory import MemoryCache
 from headrace.stores.cache_redis import RedisCache
 from headrace.stores.cache_sealed import SealedCache
 from headrace.stores.cache_sqlite import SqliteCache, equal_share
-from headrace.types import CacheTags
 from real_servers import RedisServer
 
 pytestmark = pytest.mark.anyio

@@ -9,6 +9,7 @@ import pytest
 
 from headrace.config import CacheSection, Config, ServerSection, StoreSection
 from headrace.errors import ConfigError, StoreUnavailable
+from headrace.records import CacheTags
 from headrace.stores import cache_levels
 from headrace.stores.cache_levels import READ_TIMEOUT, CacheLevels
 from headrace.stores.cache_memory import MemoryCache
@@ -16,7 +17,6 @@ from headrace.stores.cache_open import open_cache
 from headrace.stores.cache_redis import RedisCache
 from headrace.stores.cache_sqlite import SqliteCache
 from headrace.stores.cache_together import AT_ONCE, put_many
-from headrace.types import CacheTags
 from real_servers import RedisServer
 
 pytestmark = pytest.mark.anyio

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from headrace.config import Config, ResilienceSection, StoreSection
+from headrace.records import CacheTags
 from headrace.stores.cache_levels import CacheLevels
 from headrace.stores.cache_memory import MemoryCache
 from headrace.stores.cache_open import open_cache
 from headrace.stores.cache_sqlite import SqliteCache
-from headrace.types import CacheTags
 
 pytestmark = pytest.mark.anyio
 

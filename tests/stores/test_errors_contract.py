@@ -11,10 +11,10 @@ import msgspec
 import pytest
 
 from headrace.error_tracking import tracked
+from headrace.records import TrackedError
 from headrace.stores.database import Database
 from headrace.stores.error_writer import ErrorWriter
 from headrace.stores.errors_sql import SqlErrors
-from headrace.types import TrackedError
 
 pytestmark = pytest.mark.anyio
 

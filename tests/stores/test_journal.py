@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.records import UsageRow
 from headrace.stores.journal import Journal, files, read, record
 from headrace.stores.ledger_memory import MemoryLedger
 from headrace.stores.replay import replay
-from headrace.types import UsageRow
 
 
 def row(number: int) -> UsageRow:

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from headrace.records import AuditEntry, KeyRecord, LimitSpec, TenantRecord
 from headrace.stores.database import Database
 from headrace.stores.memory_keys import MemoryKeys
 from headrace.stores.sql_keys import SqlKeys
-from headrace.types import AuditEntry, KeyRecord, LimitSpec, TenantRecord
 
 pytestmark = pytest.mark.anyio
 Store = SqlKeys | MemoryKeys

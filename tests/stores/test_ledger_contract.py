@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from headrace.ports import Ledger
+from headrace.records import UsageLine, UsageQuery, UsageRow
 from headrace.stores.database import Database
 from headrace.stores.ledger_memory import MemoryLedger
 from headrace.stores.ledger_sql import SqlLedger
-from headrace.types import UsageLine, UsageQuery, UsageRow
 
 pytestmark = pytest.mark.anyio
 

@@ -14,6 +14,7 @@ from msgspec import structs
 
 from headrace.claims import RECENT, Ask, Charge, Claim, Renew, Reply, Settle, Settled, Take, Taken
 from headrace.errors import StoreUnavailable
+from headrace.records import UsageRow
 from headrace.stores.journal import Journal, files
 from headrace.stores.ledger_memory import MemoryLedger
 from headrace.stores.limit_table import LimitTable
@@ -21,7 +22,6 @@ from headrace.stores.limits_open import settlement, spent_by
 from headrace.stores.limits_owed import OwedByTheDead
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import SharedLimits
-from headrace.types import UsageRow
 
 pytestmark = pytest.mark.anyio
 

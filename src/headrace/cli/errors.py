@@ -12,7 +12,7 @@ from headrace.cli.key_desk import moment, table
 
 if TYPE_CHECKING:
     from headrace.config import Config
-    from headrace.types import TrackedError
+    from headrace.records import TrackedError
 
 
 def errors(

@@ -13,7 +13,7 @@ from headrace.cli.key_desk import table
 
 if TYPE_CHECKING:
     from headrace.config import Config
-    from headrace.types import UsageLine, UsageQuery
+    from headrace.records import UsageLine, UsageQuery
 
 
 def usage(
@@ -33,7 +33,7 @@ def usage(
     from headrace.cli.sources import load
     from headrace.http.admin_keys import since_of
     from headrace.policies import bill
-    from headrace.types import UsageQuery
+    from headrace.records import UsageQuery
 
     try:
         groups = bill.groups_of(by)

@@ -16,7 +16,7 @@ from headrace.http.exchange import exchange_of
 from headrace.http.native_wire import validated
 from headrace.policies.key_desk import KeyDesk, public, public_tenant
 from headrace.policies.mint import Actor, Wish
-from headrace.types import KeyRecord
+from headrace.records import KeyRecord
 
 _PRIVATE = [(b"cache-control", b"no-store")]
 MOST_ENTRIES = 10_000

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from headrace.types import Priority, Scope
+from headrace.records import Scope
+from headrace.types import Priority
 
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Period = Literal["day", "month", "total"]

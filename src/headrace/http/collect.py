@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from headrace.call import Call
 from headrace.errors import RequestFailed
 from headrace.http.serving import Runs
 from headrace.http.sse import comment
-from headrace.types import Call, Delta, Event, FinishReason, PromptScores, TokenLogprob
+from headrace.types import Delta, Event, FinishReason, PromptScores, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Collected:
-    """`types.Sink`."""
+    """`call.Sink`."""
 
     choices: list[Choice]
     scores: tuple[TokenLogprob | None, ...] = ()

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from headrace.call import Call
 from headrace.http.client_address import TrustedProxies
-from headrace.types import Call, Caller
+from headrace.records import Caller
 
 if TYPE_CHECKING:
     from starlette.types import Scope, Send

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.call import Call
 from headrace.error_tracking import ErrorTracker, steady, tracked
 from headrace.errors import (
     CircuitOpen,
@@ -15,7 +16,6 @@ from headrace.errors import (
 )
 from headrace.http.exchange import Exchange
 from headrace.served import ServedModels
-from headrace.types import Call
 
 Failure = tuple[Call | None, Exception]
 

@@ -13,7 +13,7 @@ from headrace.http.exchange import Exchange
 from headrace.http.hangup import ClientGone
 from headrace.policies.callers import Callers, anonymous
 from headrace.policies.limit_requests import LimitRequests
-from headrace.types import Caller, Scope
+from headrace.records import Caller, Scope
 
 
 @dataclass(frozen=True, slots=True)

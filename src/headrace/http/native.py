@@ -9,6 +9,7 @@ import msgspec
 import structlog
 from starlette.requests import Request
 
+from headrace.call import Call
 from headrace.errors import HeadraceError, ModelNotFound
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import decode_json, read_body
@@ -21,7 +22,7 @@ from headrace.http.problems import Fault, InvalidBody, native_error, status_of, 
 from headrace.http.serving import Serving
 from headrace.http.sse import TextEvents, comment, named_event
 from headrace.http.stream import Streamed
-from headrace.types import Call, Delta, Event, Sampling
+from headrace.types import Delta, Event, Sampling
 
 
 class NativeChat:

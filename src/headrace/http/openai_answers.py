@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 
+from headrace.call import Call
 from headrace.errors import HeadraceError
 from headrace.http.collect import notes, timing
 from headrace.http.openai_wire import usage
 from headrace.http.problems import openai_error
 from headrace.http.serving import Serving
 from headrace.http.sse import DONE, comment, data_event
-from headrace.types import Call, TokenLogprob
+from headrace.types import TokenLogprob
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity; OpenAI says this instead."""

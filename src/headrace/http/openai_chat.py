@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from headrace.call import Call
 from headrace.errors import InvalidParameter, Unsupported
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import read_body
@@ -30,7 +31,7 @@ from headrace.http.serving import Serving
 from headrace.http.sse import json_text
 from headrace.http.stream import Streamed
 from headrace.served import ServedModel
-from headrace.types import Call, Delta, Event, Message, Sampling
+from headrace.types import Delta, Event, Message, Sampling
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 from starlette.requests import Request
 
+from headrace.call import Call
 from headrace.errors import InvalidParameter, Unsupported
 from headrace.http.answers import Answer, json_answer
 from headrace.http.body import read_body
@@ -24,7 +25,7 @@ from headrace.http.serving import Serving
 from headrace.http.sse import json_text
 from headrace.http.stream import Streamed, as_they_are, encoded
 from headrace.served import ServedModel
-from headrace.types import Call, Delta, Event, FinishReason, PromptScores, Sampling, TokenLogprob
+from headrace.types import Delta, Event, FinishReason, PromptScores, Sampling, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16
 

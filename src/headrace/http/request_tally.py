@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from headrace.call import Call
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable, HeadraceError
 from headrace.http.exchange import Exchange
 from headrace.http.failures import Failure, model_name
 from headrace.policies.alert_rules import RequestCounts
 from headrace.served import ServedModels
-from headrace.types import Call
 
 
 class RequestTally:

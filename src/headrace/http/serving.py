@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from headrace.call import Call
 from headrace.config import Config
 from headrace.control import ModelsAction
 from headrace.errors import ModelNotFound, Overloaded
@@ -15,7 +16,7 @@ from headrace.http.wishes import PRIORITY_HEADER, priority_of, timeout_of
 from headrace.policies.authorize import find_for
 from headrace.policies.identify import introduce
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Event, Message, Priority, Sampling
+from headrace.types import Event, Message, Priority, Sampling
 
 
 class Control(Protocol):

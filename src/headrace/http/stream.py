@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar, cast
 import structlog
 from starlette.types import Receive, Scope, Send
 
+from headrace.call import Call, Sink
 from headrace.errors import HeadraceError
 from headrace.http.exchange import exchange_of
 from headrace.http.hangup import ClientGone, Watch
@@ -18,7 +19,7 @@ from headrace.http.line import Line
 from headrace.http.problems import unexpected
 from headrace.http.serving import Runs
 from headrace.http.sse import KEEP_ALIVE
-from headrace.types import Call, Event, Sink
+from headrace.types import Event
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -58,7 +59,7 @@ class Streamed(Generic[Given]):
     The first piece is waited for before the headers are sent, so that a refusal keeps its HTTP status; only when it takes longer
     than `keep_alive` seconds the headers go first. An error after that is an event, made by `problem`; `closing` makes the end.
     `call`: the one whose events the source gives, where it is no more than one; on a connection of ours they are then written the moment
-    they are there (`types.Sink`), without a task's being woken.
+    they are there (`call.Sink`), without a task's being woken.
     """
 
     __slots__ = (
@@ -154,7 +155,7 @@ class Streamed(Generic[Given]):
             self._writing = False
 
     def ready(self) -> bool:
-        """`types.Sink`, as is the next."""
+        """`call.Sink`, as is the next."""
         return self._line.open and self._ping is None
 
     def put(self, batch: Given) -> None:

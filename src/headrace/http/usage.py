@@ -12,7 +12,7 @@ from headrace.http.answers import Answer, Whole, json_answer
 from headrace.http.exchange import exchange_of
 from headrace.policies.bill import as_csv, as_json, groups_of
 from headrace.ports import Ledger
-from headrace.types import UsageQuery
+from headrace.records import UsageQuery
 
 _PRIVATE = [(b"cache-control", b"no-store")]
 _OWN = ("group_by", "since", "until", "model", "format")

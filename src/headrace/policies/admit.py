@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from headrace.call import Call
 from headrace.errors import HeadraceError
 from headrace.policies.cache import wanted
 from headrace.served import ServedModels
-from headrace.types import Call
 from headrace.unwinding import before
 from headrace.waiting import Bounds, Newcomer, Queue, is_full, no_room, place, who_gives_way
 

@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.claims import period_end
 from headrace.config import AlertSection
-from headrace.types import BudgetPeriod
+from headrace.records import BudgetPeriod
 
 QUEUED_SHARE = 0.1
 """Share of requests that wait in the queue for long at which it is an alert: their 90th percentile is above the threshold then."""

@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from headrace.call import Call, Outcome
 from headrace.config import ResilienceSection
 from headrace.errors import DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, NotAdmitted, Overloaded, UpstreamError
 from headrace.policies.circuit import Circuit
 from headrace.policies.relay import Relay
 from headrace.policies.retry import RetryBudget, may_help, pause
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Event, GenerateRequest, Outcome
+from headrace.types import Event, GenerateRequest
 
 MODEL_HEADER = "x-headrace-model"
 FALLBACK_HEADER = "x-headrace-fallback"

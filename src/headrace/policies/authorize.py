@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from headrace.call import Call
 from headrace.errors import Forbidden, ModelNotFound
+from headrace.records import KeyRecord
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, KeyRecord
 from headrace.unwinding import before
 
 

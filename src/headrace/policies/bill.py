@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, cast
 
-from headrace.types import USAGE_GROUPS, UsageGroup, UsageLine
+from headrace.records import USAGE_GROUPS, UsageGroup, UsageLine
 
 _COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from headrace.call import Call
 from headrace.errors import DeadlineExceeded
 from headrace.logs import REQUEST_ID
 from headrace.policies.answer_key import answer_key
@@ -20,8 +21,9 @@ from headrace.policies.single_flight import Flight
 from headrace.policies.stored_answer import Recorder, StoredAnswer, pack, unpack
 from headrace.policies.turns import Turn, Turns
 from headrace.ports import Answers, KeepsOld
+from headrace.records import CacheTags
 from headrace.served import ServedModel, ServedModels
-from headrace.types import CacheTags, Call, Event, GenerateRequest
+from headrace.types import Event, GenerateRequest
 
 HEADER = "x-headrace-cache"
 LARGEST = 2 * 1048576

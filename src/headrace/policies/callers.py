@@ -16,7 +16,7 @@ from headrace.policies.key_secret import Digest, looks_like_secret
 from headrace.policies.known_keys import MOST_KNOWN, KnownKeys
 from headrace.policies.operator_pass import is_operator
 from headrace.ports import Keys
-from headrace.types import Caller, KeyRecord, KnownKey, Scope, TenantRecord
+from headrace.records import Caller, KeyRecord, KnownKey, Scope, TenantRecord
 
 _SEND = "send it as `Authorization: Bearer KEY`"
 

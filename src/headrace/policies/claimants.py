@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ipaddress import IPv6Address, ip_address, ip_network
 
+from headrace.call import Call
 from headrace.claims import Claim, claim_of, parse_rate
-from headrace.types import Call, Caller, KeyRecord, TenantRecord
+from headrace.records import Caller, KeyRecord, TenantRecord
 
 BEYOND_LOOPBACK = "10/minute"
 """Anonymous callers' limit on a server that others can reach, unless the configuration says otherwise; the tutorial's."""

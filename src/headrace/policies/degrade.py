@@ -9,12 +9,12 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from headrace.call import Call
 from headrace.config import ResilienceSection
 from headrace.errors import ContextLengthExceeded, Unsupported
 from headrace.policies.authorize import may_use
 from headrace.ports import Step
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call
 
 HEADER = "x-headrace-degraded"
 FRESH = 0.1

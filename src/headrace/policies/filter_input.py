@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.call import Call
 from headrace.config import FilterSection
 from headrace.errors import ContentRefused, InvalidParameter, Unsupported
 from headrace.policies.filter_output import FilterOutput
@@ -18,7 +19,7 @@ from headrace.policies.filters.rules import input_patterns, input_rules, output_
 from headrace.policies.filters.stream import Action, Rules, Stream
 from headrace.ports import Step
 from headrace.served import ServedModels
-from headrace.types import Call, Message
+from headrace.types import Message
 
 INLINE_CHARACTERS = 4096
 """Prompts up to this are checked on the event loop (a few milliseconds at most); longer ones in a thread."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from headrace.call import Call
 from headrace.policies.filters.decisions import Decisions
 from headrace.policies.filters.logprob_mask import LogprobMask
 from headrace.policies.filters.stream import Rules, Stream
-from headrace.types import Call, Delta, Event, TokenLogprob
+from headrace.types import Delta, Event, TokenLogprob
 
 
 class FilterOutput:

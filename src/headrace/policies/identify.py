@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from headrace.call import Call
 from headrace.policies.callers import Callers
-from headrace.types import PRIORITIES, Call, Caller, Priority
+from headrace.records import Caller
+from headrace.types import PRIORITIES, Priority
 from headrace.unwinding import before
 
 

@@ -11,7 +11,7 @@ from headrace.errors import Forbidden, NotFound
 from headrace.policies.key_secret import SHOWN, digest_of, new_secret
 from headrace.policies.mint import Actor, Wish, limits_from, mint, printable, refuse_broader
 from headrace.ports import Audit, KeyRegister
-from headrace.types import AuditEntry, KeyRecord, TenantRecord
+from headrace.records import AuditEntry, KeyRecord, TenantRecord
 
 
 class KeyDesk:

@@ -16,7 +16,7 @@ import structlog
 from headrace.errors import StoreUnavailable
 from headrace.logs import REQUEST_ID
 from headrace.ports import Keys
-from headrace.types import KnownKey
+from headrace.records import KnownKey
 
 REFRESH = 0.3
 STALE = 0.7

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from headrace.call import Call
 from headrace.errors import HeadraceError
 from headrace.ports import Books
-from headrace.types import Call, UsageRow
+from headrace.records import UsageRow
 
 
 class KeepBooks:

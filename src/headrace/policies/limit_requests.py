@@ -10,7 +10,7 @@ from headrace.errors import StoreUnavailable
 from headrace.policies.claimants import Claimants
 from headrace.policies.rate_answers import ShowsLimits, refusal, show_limits
 from headrace.ports import Limits
-from headrace.types import Caller
+from headrace.records import Caller
 
 
 class Limited(ShowsLimits, Protocol):

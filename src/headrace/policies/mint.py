@@ -13,7 +13,8 @@ from typing import get_args
 import msgspec
 
 from headrace.errors import Forbidden, InvalidParameter
-from headrace.types import PRIORITIES, KeyRecord, LimitSpec, Priority, Scope
+from headrace.records import KeyRecord, LimitSpec, Scope
+from headrace.types import PRIORITIES, Priority
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _COUNTS = ("rpm", "tpm", "concurrency", "budget_tokens")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from headrace.call import Call
 from headrace.config import ServerSection
 from headrace.errors import ContextLengthExceeded, InvalidParameter, ModelNotLoaded, TooManyTokens, Unsupported
 from headrace.policies.prompt_memo import PromptMemo
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, EngineCard, GenerateRequest, Message, Sampling
+from headrace.types import EngineCard, GenerateRequest, Message, Sampling
 from headrace.unwinding import before
 
 INLINE_CHARACTERS = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.config import LedgerSection, Price
-from headrace.types import UsageRow
+from headrace.records import UsageRow
 
 _UNITS = 10**6
 """Prices have at most six decimals and are for a million tokens, so one token costs a whole number of 10⁻¹² of the currency's unit."""

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from headrace.call import Call
 from headrace.claims import Claim, Room, Take, Taken
 from headrace.errors import HeadraceError
 from headrace.policies.claimants import Claimants
 from headrace.policies.rate_answers import refusal, show_limits
 from headrace.policies.token_lease import LEASE, TokenLease
 from headrace.ports import Limits
-from headrace.types import Call, GenerateRequest
+from headrace.types import GenerateRequest
 
 PATIENCE = 5.0
 """Seconds that a request waits where only the unused leases of running requests are in its way."""

@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from headrace.call import Call, Outcome
 from headrace.errors import DeadlineExceeded, HeadraceError, NotAdmitted, QueueShareFull, RateLimited, StoreUnavailable
 from headrace.policies.ask_engine import FALLBACK_HEADER, MODEL_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.degrade import names_token_ids
 from headrace.policies.relay import Relay
 from headrace.served import ServedModel, ServedModels
-from headrace.types import Call, Delta, Event, GenerateRequest, Outcome, Report
+from headrace.types import Delta, Event, GenerateRequest, Report
 from headrace.unwinding import Unwinding
 
 HEADER = FALLBACK_HEADER

@@ -13,10 +13,11 @@ from difflib import SequenceMatcher
 
 import msgspec
 
+from headrace.call import Call
 from headrace.errors import HeadraceError
 from headrace.ports import Step
 from headrace.served import ServedModels
-from headrace.types import Call, Delta, Event
+from headrace.types import Delta, Event
 
 MOST_AT_ONCE = 8
 """Copies that wait for their answers; what comes beyond them isn't copied."""

@@ -15,10 +15,11 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
+from headrace.call import Call
 from headrace.errors import DeadlineExceeded, DeadlineUnmeetable
 from headrace.policies.stored_answer import StoredAnswer
 from headrace.policies.turns import Turn
-from headrace.types import Call, Delta, Event, Report
+from headrace.types import Delta, Event, Report
 
 AHEAD = 8
 """Batches that a generation may be ahead of whoever has read most of it."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from headrace.types import Call, Delta, Event, PromptScores, Report
+from headrace.call import Call
+from headrace.types import Delta, Event, PromptScores, Report
 
 PIECE = 32
 """Tokens of a choice that one stored delta holds, at least: so many are in a chunk when an answer is streamed again."""

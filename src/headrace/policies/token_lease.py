@@ -7,9 +7,10 @@ import time
 
 import msgspec
 
+from headrace.call import Call
 from headrace.claims import Extended
 from headrace.ports import Limits
-from headrace.types import Call, Delta, Event
+from headrace.types import Delta, Event
 
 LEASE = 64
 """Tokens of output that are leased at a time, for each choice."""

@@ -13,13 +13,14 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from headrace.call import Call
 from headrace.errors import HeadraceError, ModelNotFound
 from headrace.policies.ask_engine import MODEL_HEADER
 from headrace.policies.cache import HEADER as CACHE_HEADER
 from headrace.policies.degrade import HEADER as DEGRADED_HEADER
 from headrace.policies.route import HEADER as FALLBACK_HEADER
 from headrace.served import ServedModels
-from headrace.types import Call, Delta, Event, Sampling
+from headrace.types import Delta, Event, Sampling
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer

@@ -24,11 +24,12 @@ import structlog
 
 from headrace.errors import HeadraceError, StoreUnavailable
 from headrace.ports import Ledger
+from headrace.records import UsageRow
 from headrace.stores.journal import Journal
 from headrace.stores.limits_owed import OWED
 from headrace.stores.replay import replay
 from headrace.stores.slots import SlotFile
-from headrace.types import Report, UsageRow
+from headrace.types import Report
 
 COMPANY = 0.05
 """Seconds that settlements wait for others, or for an opening to go with."""

@@ -19,9 +19,9 @@ import structlog
 from headrace.errors import StoreUnavailable
 from headrace.logs import REQUEST_ID
 from headrace.ports import Cache, Sized
+from headrace.records import CacheSize, CacheTags
 from headrace.stores.cache_memory import MemoryCache
 from headrace.stores.cache_together import put_many
-from headrace.types import CacheSize, CacheTags
 
 READ_TIMEOUT = 0.25
 """Seconds that a request waits for the second level."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from headrace.types import CacheSize, CacheTags
+from headrace.records import CacheSize, CacheTags
 
 OVERHEAD = 512
 """Bytes that an entry takes besides its value, measured as the growth of a process holding many small ones."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, StoreUnavailable
-from headrace.types import CacheSize, CacheTags
+from headrace.records import CacheSize, CacheTags
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

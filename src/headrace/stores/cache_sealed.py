@@ -12,8 +12,8 @@ from hashlib import blake2b, scrypt
 from typing import Any
 
 from headrace.ports import Cache, Sized
+from headrace.records import CacheSize, CacheTags
 from headrace.stores.cache_together import put_many
-from headrace.types import CacheSize, CacheTags
 
 _SALT = b"headrace response cache 1"
 """The same everywhere: all servers that share a cache have to arrive at the same keys."""

@@ -43,8 +43,8 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from headrace.errors import StoreUnavailable
+from headrace.records import CacheSize, CacheTags
 from headrace.stores.lone_thread import LoneThread
-from headrace.types import CacheSize, CacheTags
 
 OVERHEAD = 256
 """Bytes that a row takes besides its value: the key, the tags, the index."""

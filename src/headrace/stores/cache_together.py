@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from headrace.ports import Cache, PutsMany
-from headrace.types import CacheTags
+from headrace.records import CacheTags
 
 AT_ONCE = 4
 """Values on their way where each is put alone: requests want connections, too."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from headrace.error_tracking import ErrorCounts
 from headrace.errors import StoreUnavailable
 from headrace.ports import ErrorBook
-from headrace.types import TrackedError
+from headrace.records import TrackedError
 
 GATHER = 0.2
 """Seconds that an error waits for others."""

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from headrace.error_tracking import MOST
+from headrace.records import TrackedError
 from headrace.stores.database import Database
-from headrace.types import TrackedError
 
 _ERRORS = sa.Table(
     "errors",

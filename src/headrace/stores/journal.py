@@ -14,7 +14,7 @@ from zlib import crc32
 
 import msgspec
 
-from headrace.types import UsageRow
+from headrace.records import UsageRow
 
 _HEAD = 8
 _encode = msgspec.msgpack.Encoder().encode

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import msgspec
 import sqlalchemy as sa
 
-from headrace.types import PRIORITIES, AuditEntry, KeyRecord, LimitSpec, Scope, TenantRecord
+from headrace.records import AuditEntry, KeyRecord, LimitSpec, Scope, TenantRecord
+from headrace.types import PRIORITIES
 
 _METADATA = sa.MetaData()
 _LIMITS = ("rpm", "tpm", "concurrency", "budget_tokens", "budget_period")

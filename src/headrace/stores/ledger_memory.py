@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from headrace.records import UsageGroup, UsageLine, UsageQuery, UsageRow
 from headrace.stores.ledger_sql import SECONDS_A_DAY, day_name, money
-from headrace.types import UsageGroup, UsageLine, UsageQuery, UsageRow
 
 
 class MemoryLedger:

@@ -15,8 +15,8 @@ from msgspec.structs import astuple
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from headrace.records import UsageGroup, UsageLine, UsageQuery, UsageRow
 from headrace.stores.database import Database
-from headrace.types import UsageGroup, UsageLine, UsageQuery, UsageRow
 
 SECONDS_A_DAY = 86400
 _PART = 10**6

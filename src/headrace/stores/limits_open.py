@@ -8,10 +8,10 @@ from pathlib import Path
 from headrace.claims import RECENT, RECOVERED, Claim, Settle
 from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
+from headrace.records import UsageRow
 from headrace.stores.limits_owed import OwedFile
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import LimitPlace, SharedLimits, Spent, nothing_spent
-from headrace.types import UsageRow
 
 WRITTEN = 0.5
 """Seconds; as in `limits.lua`."""

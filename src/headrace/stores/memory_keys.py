@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from headrace.types import AuditEntry, KeyChanges, KeyRecord, KnownKey, TenantRecord
+from headrace.records import AuditEntry, KeyChanges, KeyRecord, KnownKey, TenantRecord
 
 
 class MemoryKeys:

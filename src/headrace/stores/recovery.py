@@ -15,12 +15,12 @@ import structlog
 from headrace.claims import Ask
 from headrace.errors import StoreUnavailable
 from headrace.ports import Ledger
+from headrace.records import UsageRow
 from headrace.stores.bookkeeper import Pricing
 from headrace.stores.journal import files, read
 from headrace.stores.limits_owed import OWED, read_owed
 from headrace.stores.replay import GROUP, TIMEOUT, replay
 from headrace.stores.slots import LeftSlots
-from headrace.types import UsageRow
 
 ROUND = 5.0
 """Seconds between looks at what may have been left."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.ports import Ledger
+from headrace.records import UsageRow
 from headrace.stores.journal import read
-from headrace.types import UsageRow
 
 GROUP = 500
 """Rows in one transaction."""

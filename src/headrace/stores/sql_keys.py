@@ -10,6 +10,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from headrace.records import AuditEntry, KeyChanges, KeyRecord, KnownKey, TenantRecord
 from headrace.stores.database import Database
 from headrace.stores.key_rows import (
     AUDIT,
@@ -24,7 +25,6 @@ from headrace.stores.key_rows import (
     tenant_of,
     tenant_row,
 )
-from headrace.types import AuditEntry, KeyChanges, KeyRecord, KnownKey, TenantRecord
 
 
 class SqlKeys:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
+from headrace.call import Call
 from headrace.policies.filters.stream import Action
-from headrace.types import Call
 
 NOTE = "X-Headrace-Filter"
 """The header of non-streaming answers, and the name in the comment at the end of streams."""
