@@ -45,6 +45,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from headrace.errors import StoreUnavailable
 from headrace.records import CacheSize, CacheTags
 from headrace.stores.lone_thread import LoneThread
+from headrace.stores.sqlite_pragmas import set_pragmas
 
 OVERHEAD = 256
 """Bytes that a row takes besides its value: the key, the tags, the index."""
@@ -332,26 +333,9 @@ def _driver(connection: Connection) -> sqlite3.Connection:
 
 def _open(connection: Any, record: Any) -> None:
     cursor = connection.cursor()
-    # What the last moments before a power cut added may be lost, which a cache can bear; purged answers are overwritten.
-    for pragma in (
-        "auto_vacuum = FULL",
-        "journal_mode = WAL",
-        "synchronous = NORMAL",
-        "secure_delete = ON",
-        "journal_size_limit = 4194304",
-    ):
-        _insist(cursor, f"PRAGMA {pragma}")
+    set_pragmas(cursor, _PRAGMAS, LOCK_TIMEOUT)
     cursor.close()
 
 
-def _insist(cursor: Any, statement: str) -> None:
-    """SQLite doesn't wait where two connections turn the same new file into a WAL database at once: one is told that it's locked."""
-    end = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            cursor.execute(statement)
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
-                raise
-        time.sleep(0.005)
+_PRAGMAS = ("auto_vacuum = FULL", "journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON", "journal_size_limit = 4194304")
+"""What the last moments before a power cut added may be lost, which a cache can bear; purged answers are overwritten."""

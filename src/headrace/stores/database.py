@@ -21,6 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from headrace.errors import ConfigError, StoreUnavailable
+from headrace.stores.sqlite_pragmas import set_pragmas
 from headrace.stores.sqlite_thread import PRAGMAS, SqliteThread
 
 CONNECTIONS = 5
@@ -166,7 +167,7 @@ def _engine(url: URL, lock_timeout: float) -> AsyncEngine:
                 connect_args={"timeout": lock_timeout},
                 hide_parameters=True,
             )
-            event.listen(engine.sync_engine, "connect", _open_sqlite)
+            event.listen(engine.sync_engine, "connect", lambda connection, record: _open_sqlite(connection, lock_timeout))
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
             return engine
         return create_async_engine(
@@ -188,12 +189,11 @@ def _engine(url: URL, lock_timeout: float) -> AsyncEngine:
         raise ConfigError(f"The database's driver is not installed: pip install 'headrace[{extra}]'.") from error
 
 
-def _open_sqlite(connection: Any, record: Any) -> None:
+def _open_sqlite(connection: Any, lock_timeout: float) -> None:
     # Transactions begin where we say (`_begin_sqlite`), not where Python's driver guesses.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in PRAGMAS:
-        cursor.execute(f"PRAGMA {pragma}")
+    set_pragmas(cursor, PRAGMAS, lock_timeout)
     cursor.close()
 
 

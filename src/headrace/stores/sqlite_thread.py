@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 
 from headrace.stores.lone_thread import LoneThread
+from headrace.stores.sqlite_pragmas import set_pragmas
 
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
 """Of every connection. FULL: what was committed survives the loss of power, which bills have to."""
@@ -48,8 +49,7 @@ class SqliteThread:
     def _open(self) -> sqlite3.Connection:
         # Transactions begin where we say: no isolation level. Only one thread at a time has it, but `close` may be called by another.
         connection = sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False)
-        for pragma in PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}")
+        set_pragmas(connection, PRAGMAS, self._timeout)
         return connection
 
     def _let_go(self) -> None:
