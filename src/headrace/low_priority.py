@@ -25,7 +25,8 @@ def give_way() -> Callable[[], None]:
     if _may_return_to(before):
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, before + NICENESS)
-            undo.append(lambda: _all_threads(before, gave_way=before + NICENESS))
+            gave_way = os.getpriority(os.PRIO_PROCESS, 0)  # there is a lowest one
+            undo.append(lambda: _all_threads(before, gave_way=gave_way))
     # Where sessions are grouped, niceness counts only within a group; a child's session is a group of its own.
     with contextlib.suppress(OSError, ValueError, IndexError):
         nice = int(_AUTOGROUP.read_text().rpartition(" ")[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from driven import Driven
 from fake_runner import greedy
 from hypothesis import given, settings
@@ -182,7 +183,8 @@ def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> Non
     driven.drain()
 
 
-def test_a_short_prompt_of_a_newcomer_isnt_cut_in_two_for_brisk_steps() -> None:
+@pytest.mark.parametrize("length", [80, 3])
+def test_a_short_prompt_of_a_newcomer_isnt_cut_in_two_for_brisk_steps(length: int) -> None:
     driven = Driven(max_sequences=32, step_tokens=256, num_blocks=400)
     flood(driven, 4, tenant=1, max_tokens=60)
     while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
@@ -191,8 +193,11 @@ def test_a_short_prompt_of_a_newcomer_isnt_cut_in_two_for_brisk_steps() -> None:
     pace.per_token, pace.fixed = 0.001, 0.008
     pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
     driven.runner.sizes.clear()
-    driven.add([*range(1, 81)], tenant=2)
+    flood(driven, 1, tenant=1, tokens=100)
+    driven.add([*range(1, length + 1)], tenant=2)
     driven.step()
     assert pace.room(BRISK, 4) < 80
-    assert driven.runner.sizes == [[1] * 4 + [80]]
+    # The newcomer's first; of what else waits only what a step always has room for.
+    assert driven.runner.sizes[0][4] == length
+    assert sum(driven.runner.sizes[0][5:]) == (LEAST_PREFILL if length == 3 else 0)
     driven.drain()

@@ -75,11 +75,15 @@ def test_only_so_many_are_looked_at(others: int) -> None:
     assert line.went == (["mine"] if others < MOST_LOOKS else [])
 
 
-def test_who_has_gone_leaves_without_room() -> None:
+def test_who_has_gone_leaves_at_once_wherever_it_stands() -> None:
     line = Line(set())
     line.add(1, "a")
-    gone = line.add(2, "b")
-    gone.cancel()
+    behind, alone = line.add(1, "b"), line.add(2, "c")
+    line.add(1, "d")
+    for gone in (behind, alone, alone):
+        gone.cancel()
+    assert len(line.held) == 2
+    line.admission.room_for = {1, 2}
     line.held.release()
-    assert line.went == []
-    assert len(line.held) == 1
+    assert line.went == ["a", "d"]
+    assert not line.held._line._ranks

@@ -95,9 +95,10 @@ def pair(first: Any, second: Any, rows: Any | None = None, *, after: Any = heads
     return model_of(rows, after(op.matmul(rows, first, False, True)), after(op.matmul(rows, second, False, True)))
 
 
-def one_bias_only() -> ov.Model:
+def one_bias_only(*, first: bool) -> ov.Model:
     rows = input_rows()
-    return model_of(rows, heads(op.matmul(rows, plain(8), False, True)), heads(biased(op.matmul(rows, plain(8), False, True), 8)))
+    made = [heads(op.matmul(rows, plain(8), False, True)), heads(biased(op.matmul(rows, plain(8), False, True), 8))]
+    return model_of(rows, *(reversed(made) if first else made))
 
 
 def sum_of_activations() -> ov.Model:
@@ -128,12 +129,13 @@ def not_transposed() -> ov.Model:
         lambda: pair(plain(8), half(8)),
         lambda: pair(quantized(8), quantized(8, ov.Type.u4)),
         lambda: pair(quantized(8), quantized(8, one_zero_point=True)),
-        one_bias_only,
+        lambda: one_bias_only(first=True),
+        lambda: one_bias_only(first=False),
         sum_of_activations,
         weights_that_something_else_reads,
         not_transposed,
     ],
-    ids=["function", "half and whole", "codes", "zero points", "bias", "sum", "shared weights", "not transposed"],
+    ids=["function", "half and whole", "codes", "zero points", "first bias", "second bias", "sum", "shared weights", "not transposed"],
 )
 def test_what_is_unlike_stays_apart(make: Any) -> None:
     model = make()

@@ -169,7 +169,7 @@ class Admission:
 
     def has_room(self, entry: Entry) -> bool:
         """Whether this one, the next of those that are held back, should go to the engine now: always when that has nothing waiting, or
-        only others' (the engine's next turn is then its tenant's), of `KEPT` tenants at most; unless it is flooded, also while it has
+        only that of fewer than `KEPT` other tenants (the engine's next turn is then its tenant's); unless it is flooded, also while it has
         little, or while this one's tenant has so little there that it would begin within the limit."""
         tenant, rank = entry.line
         there = {other for other, other_rank in self._lines if other_rank % 2 == PROMPT}

@@ -8,22 +8,17 @@ from headrace.errors import RequestFailed
 from headrace.ports import ForwardBatch
 
 
-def check_indices(batch: ForwardBatch, *, vocab_size: int, num_blocks: int) -> int:
-    """The highest block of all, -1 where there is none.
-
-    Raises `RequestFailed`. Nothing below a runner looks: OpenVINO follows a wrong index out of its memory without a word, and it ends a
+def check_indices(batch: ForwardBatch, *, vocab_size: int, num_blocks: int) -> None:
+    """Raises `RequestFailed`. Nothing below a runner looks: OpenVINO follows a wrong index out of its memory without a word, and it ends a
     GPU's whole process.
     """
-    highest = -1
     for indices, end in (
         (batch.input_ids, vocab_size),
         (batch.rows, len(batch.input_ids)),
         (batch.block_indices, num_blocks),
     ):
-        highest = int(indices.max()) if indices.size else -1
-        if indices.size and (indices.min() < 0 or highest >= end):
-            raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {highest}, of {end}.")
-    return highest
+        if indices.size and (indices.min() < 0 or indices.max() >= end):
+            raise RequestFailed(f"A step has an index beyond its end: {indices.min()} to {indices.max()}, of {end}.")
 
 
 def part(batch: ForwardBatch, first: int, last: int) -> ForwardBatch:

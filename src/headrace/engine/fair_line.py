@@ -31,7 +31,10 @@ class FairLine(Generic[Item]):
                 yield tenant, line[0]
 
     def take(self, tenant: int | None = None) -> Item:
-        """The next one, or that tenant's next of the highest rank. Raises `ValueError` where nothing waits."""
+        """The next one, or that tenant's next of the highest rank.
+
+        Raises `ValueError` where nothing waits, `KeyError` where that tenant has nothing there.
+        """
         rank = max(self._ranks)
         tenants = self._ranks[rank]
         if tenant is None:
@@ -44,6 +47,18 @@ class FairLine(Generic[Item]):
             del self._ranks[rank]
         self._count -= 1
         return item
+
+    def discard(self, item: Item, *, rank: int, tenant: int) -> None:
+        """Forget one that waits there; nobody's turn changes."""
+        line = self._ranks.get(rank, {}).get(tenant)
+        if line is None or item not in line:
+            return
+        line.remove(item)
+        self._count -= 1
+        if not line:
+            del self._ranks[rank][tenant]
+            if not self._ranks[rank]:
+                del self._ranks[rank]
 
     def keep(self, wanted: Callable[[Item], bool]) -> None:
         """Forget what isn't wanted."""

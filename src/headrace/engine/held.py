@@ -17,7 +17,8 @@ class Held:
 
     def __init__(self, entry: Entry, start: Callable[[], Callable[[], None]], over: Callable[[], None]) -> None:
         self.entry = entry
-        self.gone = False
+        self.line: HeldBack | None = None
+        """Where it waits; None before and after."""
         self._start = start
         self._over = over
         self._cancel: Callable[[], None] | None = None
@@ -27,11 +28,11 @@ class Held:
         self._cancel = self._start()
 
     def cancel(self) -> None:
-        """Wherever it is."""
+        """Wherever it is. Idempotent."""
         if self._cancel is not None:
             self._cancel()
-        elif not self.gone:
-            self.gone = True
+        elif self.line is not None:
+            self.line.discard(self)
             self._over()
 
 
@@ -46,21 +47,27 @@ class HeldBack:
         return len(self._line)
 
     def add(self, held: Held) -> None:
+        held.line = self
         tenant, rank = held.entry.line
         self._line.add(held, rank=rank, tenant=tenant)
+
+    def discard(self, held: Held) -> None:
+        """It goes nowhere any more."""
+        held.line = None
+        tenant, rank = held.entry.line
+        self._line.discard(held, rank=rank, tenant=tenant)
 
     def release(self) -> None:
         """Let as many go as may. One tenant's that has no room yet isn't in the way of another's."""
         while (tenant := self._whose_turn()) is not None:
             held = self._line.take(tenant)
-            if not held.gone:
-                self._admission.released(held.entry)
-                held.release()
+            held.line = None
+            self._admission.released(held.entry)
+            held.release()
 
     def _whose_turn(self) -> int | None:
         """The first tenant whose next one may go; None where none may."""
         for tenant, held in islice(self._line.firsts(), MOST_LOOKS):
-            # Those who have gone need no room: while there is none, they would pile up with their prompts, in the way of others.
-            if held.gone or self._admission.has_room(held.entry):
+            if self._admission.has_room(held.entry):
                 return tenant
         return None

@@ -35,8 +35,11 @@ def merge_products(model: openvino.Model) -> int:
         widths = [_width(product) for product in products]
         try:
             ends = [_end(product) for product in products]
+            with_bias = {end.get_name() != product.get_name() for end, product in zip(ends, products, strict=True)}
+            if len(with_bias) > 1:
+                raise _Unlike
             plan = _larger([product.input(1) for product in products], widths, 0)
-            if ends[0] is not products[0]:
+            if with_bias == {True}:
                 plan += _larger([end.input(_bias_place(end)) for end in ends], widths, -1)
         except _Unlike:
             continue
@@ -45,7 +48,7 @@ def merge_products(model: openvino.Model) -> int:
             place.replace_source_output(constant.output(0))
         _infer(products[0].input_value(1).get_node())
         products[0].validate_and_infer_types()
-        if ends[0] is not products[0]:
+        if with_bias == {True}:
             _infer(ends[0].input_value(_bias_place(ends[0])).get_node())
             ends[0].validate_and_infer_types()
         last = products[0].get_output_partial_shape(0).rank.get_length() - 1

@@ -191,10 +191,10 @@ class OpenVinoRunner:
         return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> OpenVinoResult:
-        highest = check_indices(batch, vocab_size=self._vocab_size, num_blocks=self._num_blocks)
+        check_indices(batch, vocab_size=self._vocab_size, num_blocks=self._num_blocks)
         self._steps += 1
         if self._populate is not None:
-            self._populate.reach(highest)
+            self._populate.reach(int(batch.block_indices.max(initial=-1)))
         request = self._request
         try:
             self._feed("input_ids", batch.input_ids)

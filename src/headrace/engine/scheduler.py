@@ -11,7 +11,7 @@ The rules, in the order in which a plan applies them:
    sequence is admitted when its turn comes and a slot and its blocks are there. A tenant with
    nothing in the batch need not wait for them: it takes them from tenants that have several sequences running.
 3. A tenant whose only business is a first token doesn't wait behind a long batch of others' decodes: where those
-   would make the step long they sit out one step, never two in a row.
+   would make the step long they sit out one step, never two in a row. Its prompt isn't cut in two if it is short.
 4. A waiting sequence whose next block is just being computed by another of the same tenant waits for that block
    instead of computing it again; others may pass it.
 """
@@ -133,9 +133,8 @@ class Scheduler:
         express = newcomers if self._held_up() else []
         brisk = now < self._shared_until or len(self.tenants) > 1
         beside = 0 if express else len(self.decoding)
-        # What is left of a newcomer's prompt isn't cut in two if it is short: its second part would wait for others' turns.
-        short = max((rest for tenant in newcomers if (rest := tenant.next_prompt) <= EXPRESS_PREFILL), default=LEAST_PREFILL)
-        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), short if beside else EXPRESS_PREFILL)
+        least = max(LEAST_PREFILL, self._short_prompt(newcomers)) if beside else EXPRESS_PREFILL
+        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), least)
         plan = Plan([], [])
         self._fill(plan, min(room, self.step_tokens - beside), express or self.tenants.active())
         self._express = bool(express and plan.chunks)
@@ -172,6 +171,19 @@ class Scheduler:
             return []
         return [tenant for tenant in self.tenants.active() if not tenant.decoding and (tenant.waiting or tenant.prefilling)]
 
+    def _short_prompt(self, newcomers: list[Tenant]) -> int:
+        """What is left of the next prompt, if that is a newcomer's and short, 0 otherwise. It isn't cut in two: its second part would wait
+        for others' turns."""
+        if not newcomers:
+            return 0
+        following = min((tenant for tenant in self.tenants.active() if tenant.waiting or tenant.prefilling), key=self._order)
+        rest = following.next_prompt if following in newcomers else 0
+        return rest if rest <= EXPRESS_PREFILL else 0
+
+    def _order(self, tenant: Tenant) -> tuple[float, float, int]:
+        """The smallest has the next turn."""
+        return (0 if self._turn % FAIR_TURN == 0 else -tenant.urgency, *tenant.rank)
+
     def _held_up(self) -> bool:
         """Whether others' decodes would hold newcomers up, and sat out no step just now."""
         return not self._express and len(self.decoding) * self.pace.per_token > EXPRESS_SHARE * BRISK.seconds
@@ -182,8 +194,7 @@ class Scheduler:
         self._closed = False
         turns = {tenant: self._turns(tenant, plan) for tenant in tenants if tenant.waiting or tenant.prefilling}
         while budget > 0 and turns:
-            fair = self._turn % FAIR_TURN == 0
-            tenant = min(turns, key=lambda tenant: (0 if fair else -tenant.urgency, *tenant.rank))
+            tenant = min(turns, key=self._order)
             sequence = next(turns[tenant], None)
             if sequence is None:
                 del turns[tenant]

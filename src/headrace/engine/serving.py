@@ -151,11 +151,12 @@ class EngineServer:
             nonlocal begun
             if entry is not None and admission is not None:
                 over = isinstance(what, HeadraceError) or type(what[-1]) is Report
+                waited = entry.first_at is None
                 if not isinstance(what, HeadraceError):
                     admission.progressed(entry, sum([len(event.tokens) for event in what if type(event) is Delta]))
                 if over:
                     admission.ended(entry, cut=isinstance(what, HeadraceError) or not any(_finishes(event) for event in what))
-                if over or entry.generated:
+                if over or (waited and entry.first_at is not None):
                     outwaited()
                     self._release_soon()
                 if over and entry.shed is not None:
@@ -194,12 +195,15 @@ class EngineServer:
         return lambda: cancel()
 
     def _release_soon(self, pause: float = 0.0) -> None:
-        if self._releasing is not None and not pause:
-            # One that came just now doesn't wait for the next look.
+        if self._held is None or not len(self._held):
+            return
+        loop = asyncio.get_running_loop()
+        if self._releasing is not None and self._releasing.when() > loop.time() and not pause:
+            # What has just changed doesn't wait for the next look.
             self._releasing.cancel()
             self._releasing = None
-        if self._releasing is None and self._held is not None and len(self._held):
-            self._releasing = asyncio.get_running_loop().call_later(pause, self._release)
+        if self._releasing is None:
+            self._releasing = loop.call_later(pause, self._release)
 
     def _release(self) -> None:
         self._releasing = None

@@ -21,6 +21,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING = 8
 _ARRAY = 9
 _MOST_KEYS = 1 << 16
+_MOST_DIMENSIONS = 4
+"""Of a tensor; ggml's GGML_MAX_DIMS."""
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -87,7 +89,9 @@ class _Reader:
         last = 0
         for _ in range(self._tensors):
             self._string()
-            values = math.prod([self._scalar("Q") for _ in range(self._scalar("I"))])
+            if (dimensions := self._scalar("I")) > _MOST_DIMENSIONS:
+                raise _BadGguf(f"a tensor of {dimensions:,} dimensions")
+            values = math.prod([self._scalar("Q") for _ in range(dimensions)])
             block, size = GGML_QUANT_SIZES.get(self._scalar("I"), (1, 0))
             last = max(last, self._scalar("Q") + values // block * size)
         alignment = pairs.get("general.alignment")
