@@ -501,7 +501,7 @@ class Publishes(Protocol):
     """What is kept here other processes can read, a little later."""
 
     told: Callable[[Sequence[bytes], bool], None] | None
-    """Called once for all that is kept, with several names at a time: whether others can read these now."""
+    """Called once for all that is kept, with several names at a time, which may repeat: whether others can read these now."""
 
     @property
     def shared(self) -> bool:

@@ -276,6 +276,24 @@ async def test_a_request_right_after_an_equal_one_is_a_hit_though_nothing_was_wr
     await over(machine)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+async def test_an_answer_that_is_kept_twice_at_a_time_is_told_of_once(readable: bool) -> None:
+    machine = Machine()
+    one, _ = machine.processes
+    _, normal = ask(one, 1)
+    await at_work(one)
+    _, fresh = ask(one, 2, cache_control="no-cache")
+    await until(lambda: len(one.engine.speaking) == 2)
+    for of in (0, 1):
+        one.engine.say(0, "said", of=of, finish="stop")
+        one.engine.end(5, 1, of=of)
+    assert await asyncio.gather(normal, fresh) == ["said", "said"]
+    (key,) = one.answers.kept
+    assert one.answers.told is not None
+    one.answers.told([key, key], readable)
+    await over(machine)
+
+
 async def test_different_requests_wait_for_nothing() -> None:
     machine = Machine()
     tasks = [ask(process, 1, text=f"number {number}")[1] for number, process in enumerate(machine.processes)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,46 @@ async def test_it_is_told_when_others_can_read_what_is_kept_and_who_is_in_a_hurr
     assert not one.shared
     one.keep(b"d", b"4", ADA)
     assert told[1:] == [([b"d"], False)]
+    one.hurry()
+    await one.close()
+    await two.close()
+
+
+async def test_what_is_told_of_a_purge_may_fail_and_memory_has_forgotten_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_levels, "LOOK", 0.005)
+    one, two = process(tmp_path / "c.db"), process(tmp_path / "c.db")
+    told: list[list[bytes]] = []
+
+    def failing(keys: Sequence[bytes], readable: bool) -> None:
+        told.append([*keys])
+        raise KeyError(keys[0])
+
+    await one.fetch(b"nothing")
+    await until(lambda: one._looked)
+    one.told = failing
+    monkeypatch.setattr(cache_levels, "GATHER", 3600)
+    watching = one._watching
+    assert watching is not None
+    for _ in range(2):
+        one.keep(b"k", b"value", ADA)
+    await two.purge()
+    await until(watching.done)
+    assert isinstance(watching.exception(), KeyError)
+    assert told == [[b"k", b"k"]]
+    assert one.recall(b"k") is None
+    one.told = None
+    await one.fetch(b"nothing")
+    one._memory.keep(b"k", b"value", ADA, 60)
+    await two.purge()
+    await until(lambda: one.recall(b"k") is None)  # it looks for purges again
+    one.keep(b"k", b"value", ADA)
+    one.told = failing
+    with pytest.raises(KeyError):
+        await one.purge()
+    assert one.recall(b"k") is None
+    one.told = None
     one.hurry()
     await one.close()
     await two.close()

@@ -156,12 +156,12 @@ class Turns:
 
     def _kept(self, keys: Sequence[bytes], readable: bool) -> None:
         """Of some answers it is known now whether others can read them."""
-        turns = [turn for key in keys if (turn := self._keeping.get(key)) is not None]
+        turns = [turn for key in dict.fromkeys(keys) if (turn := self._keeping.get(key)) is not None]
         self._over(turns, "kept" if readable else "apart")
 
     def _over(self, turns: list[Turn], how: Literal["kept", "apart"]) -> None:
         for turn in turns:
-            del self._turns[turn.number]
+            self._turns.pop(turn.number, None)
             if self._keeping.get(turn.key) is turn:
                 del self._keeping[turn.key]
             self._told(turn, how)

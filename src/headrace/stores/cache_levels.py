@@ -172,8 +172,9 @@ class CacheLevels:
 
         Raises `StoreUnavailable` if the second level can't be reached: then nothing is purged but this process's memory.
         """
-        self._purged()
+        unwritten = self._purged()
         dropped = await self._memory.purge(tenant=tenant, model=model, key=key)
+        self._tell(unwritten, False)
         if self._second is None:
             return dropped
         if self._under_way is not None:
@@ -258,11 +259,11 @@ class CacheLevels:
         if self.told is not None and keys:
             self.told(keys, readable)
 
-    def _purged(self) -> None:
-        """What was kept until now is not to be written any more."""
+    def _purged(self) -> list[bytes]:
+        """What was kept until now is not to be written any more. Its names, to be told once memory has forgotten it, too."""
         self.purges += 1
         dropped, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        self._tell([key for key, _, _ in dropped], False)
+        return [key for key, _, _ in dropped]
 
     def _failed(self, what: str, error: Exception) -> None:
         self.counts.errors += 1
@@ -272,7 +273,7 @@ class CacheLevels:
         self._rest_until = time.monotonic() + PAUSE
 
     def _watch(self) -> None:
-        if self._watching is None:
+        if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._look_for_marks(), name="cache purges")
 
     async def _look_for_marks(self) -> None:
@@ -293,9 +294,9 @@ class CacheLevels:
         if mark is None or mark == self._mark:
             return False
         self._mark = mark
-        if not first:
-            self._purged()
+        unwritten = [] if first else self._purged()
         self._memory.clear()
+        self._tell(unwritten, False)
         return not first
 
 
