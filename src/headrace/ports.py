@@ -420,6 +420,11 @@ class Limits(Protocol):
         """Lease more output to an admitted request; `told` hears what was granted, later. Never waits."""
         ...
 
+    async def charge(self, id: str, claims: tuple[Claim, ...], requests: int) -> tuple[Room, ...] | None:
+        """Count so many requests that come to nothing, without a lease and whatever is left; how the claims stand then, where that is
+        known. `id` makes it count once."""
+        ...
+
     async def settle(self, id: str, used: int, *, guessed: bool = False, wait: bool = True) -> tuple[Room, ...] | None:
         """The request is over and used so many tokens; how its claims stand now, where that is known. Unknown ids are ignored.
 

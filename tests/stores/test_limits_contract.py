@@ -265,6 +265,41 @@ async def test_what_refuses_one_claim_takes_nothing_of_the_other(place: LimitPla
     assert refused.rooms[0].tokens == pytest.approx(100)
 
 
+async def test_what_comes_to_nothing_counts_whatever_is_left_and_takes_no_place(place: LimitPlace) -> None:
+    claim = Claim(unique(), requests=9, concurrency=1, window=LONG)
+    shared = SharedLimits(place)
+    assert isinstance(await shared.take(Take(running := unique(), (claim,), 5, 5, 1)), Taken)
+    id = unique()
+    rooms = await shared.charge(id, (claim,), 5)
+    assert rooms is not None
+    assert rooms[0].requests == pytest.approx(3)
+    assert rooms[0].running == 1
+    assert await shared.charge(id, (claim,), 5) is None
+    await shared.settle(running, 5)
+    assert isinstance(await shared.take(Take(unique(), (claim,), 5, 5, 1)), Taken)
+    rooms = await shared.charge(unique(), (claim,), 1000)
+    assert rooms is not None
+    assert rooms[0].requests == pytest.approx(-9)
+    refused, _ = shared.peek((claim,))
+    assert refused is not None
+    assert refused.dimension == "requests"
+
+
+@pytest.mark.parametrize("used", [90, 200])
+async def test_what_comes_to_nothing_says_of_a_budget_what_the_ledger_says(used: int, place: LimitPlace) -> None:
+    claim = Claim(unique(), requests=9, budget=100, period="total", window=LONG)
+
+    async def spent(asked_of: Claim, since: float) -> int:
+        return used
+
+    shared = SharedLimits(place, spent=spent)
+    for left in (8, 7):
+        rooms = await shared.charge(unique(), (claim,), 1)
+        assert rooms is not None
+        assert rooms[0].requests == pytest.approx(left)
+        assert (rooms[0].spent, rooms[0].held, rooms[0].running) == (used, 0, 0)
+
+
 async def test_a_bucket_refills_with_time_and_says_when(place: LimitPlace) -> None:
     claim = Claim(unique(), requests=2, window=0.4)
     assert all(isinstance(reply, Taken) for reply in await place.exchange([Take(unique(), (claim,), 0, 0, 0) for _ in range(2)]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
-from headrace.claims import Claim, Room, Take, Taken
-from headrace.errors import StoreUnavailable
+from headrace.claims import Claim
 from headrace.policies.claimants import Claimants
 from headrace.policies.rate_answers import ShowsLimits, refusal, show_limits
 from headrace.ports import Limits
@@ -41,21 +39,12 @@ class LimitRequests:
                 raise refusal(claims, refused)
 
     async def count(self, asking: Limited, times: int) -> None:
-        """Count so many requests that come to nothing; what a limit doesn't allow is left out."""
+        """Count so many requests that come to nothing, once for each that asks. They take no place of requests that run."""
         claims = self._claims(asking)
-        if claims and times:
-            counted = await asyncio.gather(*(self._take(f"{asking.id}:vain-{number}", claims) for number in range(times)))
-            if rooms := counted[-1]:
+        if times and any(claim.requests is not None for claim in claims):
+            rooms = await self._limits.charge(f"{asking.id}:vain", claims, times)
+            if rooms is not None:
                 show_limits(asking, claims, rooms)
-
-    async def _take(self, id: str, claims: tuple[Claim, ...]) -> tuple[Room, ...]:
-        try:
-            reply = await self._limits.take(Take(id, claims, 0, 0, 0))
-        except StoreUnavailable:
-            return ()  # the caller is told of its own mistake
-        if isinstance(reply, Taken):
-            await self._limits.settle(id, 0, wait=False)
-        return reply.rooms
 
     def _claims(self, asking: Limited) -> tuple[Claim, ...]:
         return self._claimants.claims_of(asking.caller, asking.address) if asking.caller is not None else ()

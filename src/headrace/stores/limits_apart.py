@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from headrace.claims import Ask, Claim, Extend, Extended, Reply, Room, Settle, Take, Taken
+from headrace.claims import Ask, Charge, Claim, Extend, Extended, Reply, Room, Settle, Take, Taken
 from headrace.stores.limit_table import LimitTable
 
 MOST_EARLIER = 10_000
@@ -38,6 +38,9 @@ class LimitsApart:
         """As the place would. `admitted`: the request that an `Extend` belongs to, wherever it was admitted."""
         if isinstance(ask, Take):
             return self._table.answer(self._shared(ask))
+        if isinstance(ask, Charge):
+            shared = self._shared(Take(ask.id, ask.claims, 0, 0, 0))
+            return self._table.answer(Charge(ask.id, shared.claims, ask.requests, ask.used))
         if isinstance(ask, Extend) and ask.id not in self._table:
             return self._lease_of_another(ask, admitted)
         return self._table.answer(ask)

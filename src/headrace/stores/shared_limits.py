@@ -185,6 +185,35 @@ class SharedLimits:
         done = self._settle(id, used)
         return await done if done is not None and wait else None
 
+    async def charge(self, id: str, claims: tuple[Claim, ...], requests: int) -> tuple[Room, ...] | None:
+        """Count so many requests that come to nothing, without a lease; how the claims stand then, where that is known."""
+        if not self.away and not all(self._budget_known(claim) for claim in claims):
+            # A charge can't say what was spent where the place doesn't know it. A lease of nothing has it asked for.
+            with contextlib.suppress(StoreUnavailable):
+                if isinstance(await self.take(Take(f"{id}:look", claims, 0, 0, 0, 0)), Taken):
+                    await self.settle(f"{id}:look", 0, wait=False)
+        charge = Charge(id, claims, requests, 0)
+        reply = await self._ask(charge)
+        if not isinstance(reply, Settled) or reply.rooms is None:
+            if self.away:
+                self._apart.answer(charge)
+            return None
+        if not all(self._budget_known(claim) for claim in claims):
+            return None
+        rooms = tuple(self._as_spent(claim, room) for claim, room in zip(claims, reply.rooms, strict=True))
+        self._learn(claims, rooms)
+        return rooms
+
+    def _budget_known(self, claim: Claim) -> bool:
+        return claim.budget is None or claim.subject in self._known
+
+    def _as_spent(self, claim: Claim, room: Room) -> Room:
+        """With what was last heard of its budget."""
+        if claim.budget is None:
+            return room
+        known, _ = self._known[claim.subject]
+        return Room(room.requests, room.tokens, known.spent, known.held, room.running)
+
     def correct(self, id: str, used: int) -> None:
         """What the ledger says that a request really used, whether it has been settled with a guess or is about to be settled; others
         are ignored. Never waits."""
