@@ -177,6 +177,9 @@ class ResponseCache:
     def _turn_came(self, turns: Turns, flight: Flight, key: bytes, word: Literal["make", "look"]) -> None:
         assert flight.waiting is not None
         if word == "make":
+            if flight.purges != self._answers.purges:
+                # What is made here isn't kept, so that nobody is to wait for it.
+                self._end_turn(flight, "apart")
             flight.waiting.set_result(None)
         else:
             self._looking_again.add(task := asyncio.create_task(self._look_again(turns, flight, key), name="look again"))
