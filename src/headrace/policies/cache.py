@@ -166,7 +166,11 @@ class ResponseCache:
         if not waiting.done():
             # Its headers may have to go before it is known.
             call.headers[HEADER] = "hit"
-            await _until(waiting, call.seconds_left())
+            try:
+                await _until(waiting, call.seconds_left())
+            except DeadlineExceeded:
+                call.headers[HEADER] = "miss"
+                raise
             if waiting.result() is None:
                 call.headers[HEADER] = "miss"
                 if call.deadline is not None and call.request is not None:
