@@ -159,7 +159,8 @@ class ResponseCache:
         """
         waiting = flight.waiting
         if waiting is None:
-            if not turns.useful:
+            if flight.generation is not None or not turns.useful:
+                # One that runs here already, begun while the second level rested, is joined.
                 return None
             waiting = flight.waiting = asyncio.get_running_loop().create_future()
             flight.turn = turns.begin(key, lambda word: self._turn_came(turns, flight, key, word), lambda: flight.stands_still)
