@@ -133,12 +133,12 @@ class Turns:
     def hear(self, key: bytes, number: int, word: TurnWord) -> None:
         """What the table says."""
         turn = self._turns.get(number)
-        if word == "wanted":
-            if turn is None:
+        if turn is None:
+            if word in ("make", "wanted"):  # it was given what nobody here waits for any more
                 self._add(key, number, "left")
-            else:
-                self._wanted(turn)
-        elif turn is not None:
+        elif word == "wanted":
+            self._wanted(turn)
+        else:
             turn.say(word)
 
     def _wanted(self, turn: Turn) -> None:
