@@ -78,7 +78,8 @@ class EngineServer:
         self._crowded_until = float("-inf")
         self._telling: asyncio.TimerHandle | None = None
         self._held = None if admission is None else HeldBack(admission)
-        self._releasing: asyncio.TimerHandle | None = None
+        self._releasing: asyncio.Handle | None = None
+        self._release_at = 0.0
         if isinstance(engine, NotesSteps):
             engine.notes = notes
         if admission is not None and isinstance(engine, TellsPace):
@@ -198,12 +199,14 @@ class EngineServer:
         if self._held is None or not len(self._held):
             return
         loop = asyncio.get_running_loop()
-        if self._releasing is not None and self._releasing.when() > loop.time() and not pause:
+        at = loop.time() + pause
+        if self._releasing is not None:
+            if self._release_at <= at:
+                return
             # What has just changed doesn't wait for the next look.
             self._releasing.cancel()
-            self._releasing = None
-        if self._releasing is None:
-            self._releasing = loop.call_later(pause, self._release)
+        self._release_at = at
+        self._releasing = loop.call_later(pause, self._release)
 
     def _release(self) -> None:
         self._releasing = None
