@@ -90,6 +90,8 @@ RECOVERY_TIMEOUT = 20.0
 END_TIMEOUT = 3.0
 """Seconds that API processes get beyond the drain timeout to tell their clients, and workers to free everything."""
 
+MOST_KEYS_MET = 1000
+"""Keys that an API process is told of when it begins; it asks the store for each of them at once."""
 PROMOTIONS = "promotions.json"
 """In `data_dir`: which version each model's name stands for, and which it stood for before."""
 ERRORS_TIMEOUT = 2.0
@@ -197,6 +199,8 @@ class Supervisor:
         self._signals = 0
         self._signalled = asyncio.Event()
         self._quarantined = {name: quarantine.Quarantine() for name in names}
+        self._keys_met: dict[bytes, None] = {}
+        """Digests of keys that API processes have told of, for those that begin later; the one that was told of last is the last."""
         self._circuits = CircuitTable(names, BreakerRules.of(config.resilience), self._tell_apis)
         self._figures = folder / "figures"
         self._figures.mkdir()
@@ -419,6 +423,10 @@ class Supervisor:
             if self._quarantined[message.model].add(message.fingerprint, message.until):
                 self._tell_apis(message)
         elif isinstance(message, KeyMet):
+            self._keys_met.pop(message.digest, None)
+            self._keys_met[message.digest] = None
+            if len(self._keys_met) > MOST_KEYS_MET:
+                del self._keys_met[next(iter(self._keys_met))]
             self._tell_apis(message)
         elif isinstance(message, AskProcesses):
             child.tell(Processes(message.number, self._processes()))
@@ -459,6 +467,8 @@ class Supervisor:
         for model, quarantined in self._quarantined.items():
             for print_, until in quarantined.standing():
                 api.tell(Quarantine(model, print_, until))
+        for digest in self._keys_met:
+            api.tell(KeyMet(digest))
 
     def _api_died(self, pid: int) -> None:
         self._yard.api_died(pid)
