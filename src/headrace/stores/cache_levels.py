@@ -79,6 +79,8 @@ class CacheLevels:
         self.purges = 0
         self.told: Callable[[Sequence[bytes], bool], None] | None = None
         self._mark: bytes | None = None
+        self._leaving: bytes | None = None
+        """The mark of this process' own last purge, from before it can be read."""
         self._looked = False
         """For marks; those found at first are of purges before this process' time."""
         self._rest_until = 0.0
@@ -179,12 +181,13 @@ class CacheLevels:
             return dropped
         if self._under_way is not None:
             await asyncio.shield(self._under_way)
-        # The last purge's mark is no answer, so it isn't counted as one.
-        await self._second.purge(tenant=_OURS.tenant, model=_OURS.model)
-        dropped = max(dropped, await self._second.purge(tenant=tenant, model=model, key=key))
-        self._mark = os.urandom(16)
-        await self._second.put(_MARK, self._mark, _OURS, self._ttl + self._grace + 60)
-        return dropped
+        # The last purge's mark is no answer, so it isn't counted as one. It stays until the new one is there: others may not have seen it.
+        marked = tenant is model is key is None and await self._second.get(_MARK) is not None
+        gone = await self._second.purge(tenant=tenant, model=model, key=key)
+        mark = self._leaving = os.urandom(16)
+        await self._second.put(_MARK, mark, _OURS, self._ttl + self._grace + 60)
+        self._mark = mark
+        return max(dropped, gone - marked)
 
     async def sizes(self) -> dict[str, CacheSize | None]:
         """How full each level is; None for one that can't say."""
@@ -291,7 +294,7 @@ class CacheLevels:
     def _heard(self, mark: bytes | None) -> bool:
         """Whether others have purged since the last look."""
         first, self._looked = not self._looked, True
-        if mark is None or mark == self._mark:
+        if mark is None or mark in (self._mark, self._leaving):
             return False
         self._mark = mark
         unwritten = [] if first else self._purged()
