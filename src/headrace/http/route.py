@@ -44,6 +44,9 @@ class Route(APIRoute):
             if gate is not None and exchange.items is not None:
                 await gate.count(exchange)
             await answer(scope, receive, send)
+            if gate is not None and exchange.error is not None:
+                # Refused after a comment had opened the stream.
+                await gate.count(exchange)
             return
         except ClientGone:
             exchange.gone = True
