@@ -80,7 +80,7 @@ def in_vain(exchange: Exchange) -> int:
 
 
 def _blamed(error: BaseException | None) -> bool:
-    """Whether it is the caller's fault; who hangs up has none."""
+    """Whether it is the caller's fault. A hang-up is, and leaves no error where it ended the request by itself."""
     if isinstance(error, HeadraceError):
         return error.status < 500 and not isinstance(error, RateLimited)
     return not isinstance(error, Exception) or isinstance(error, ClientGone)
