@@ -127,15 +127,15 @@ class SharedLimits:
     # What the journey asks
 
     def peek(self, claims: Sequence[Claim]) -> tuple[Refused | None, tuple[Room, ...]]:
-        """Whether a request would certainly be refused for its rate of requests or a budget already spent. Asks nobody: what is known
+        """Whether a request would certainly be refused for its rate of requests. Asks nobody: what is known
         here can only have shrunk since, but for what has refilled."""
         now = time.monotonic()
         rooms = tuple(self._room(claim, now) for claim in claims)
         refused = None
         for which, (claim, room) in enumerate(zip(claims, rooms, strict=True)):
             if claim.requests is not None and room.requests < 1:
-                wait = (1 - room.requests) * claim.window / claim.requests if claim.requests else None
-                if refused is None or wait is None or (refused.wait is not None and wait > refused.wait):
+                wait = (1 - room.requests) * claim.window / claim.requests
+                if refused is None or (refused.wait is not None and wait > refused.wait):
                     refused = Refused(which, "requests", wait, False, rooms)
         return refused, rooms
 
