@@ -268,8 +268,8 @@ async def test_what_refuses_one_claim_takes_nothing_of_the_other(place: LimitPla
 async def test_what_comes_to_nothing_counts_whatever_is_left_and_takes_no_place(place: LimitPlace) -> None:
     claim = Claim(unique(), requests=9, concurrency=1, window=LONG)
     shared = SharedLimits(place)
-    assert isinstance(await shared.take(Take(running := unique(), (claim,), 5, 5, 1)), Taken)
-    id = unique()
+    running, id = unique(), unique()
+    assert isinstance(await shared.take(Take(running, (claim,), 5, 5, 1)), Taken)
     rooms = await shared.charge(id, (claim,), 5)
     assert rooms is not None
     assert rooms[0].requests == pytest.approx(3)
