@@ -41,7 +41,7 @@ TELL_INTERVAL = 0.02
 """Seconds between two such messages."""
 
 RELEASE_INTERVAL = 0.1
-"""Seconds between looks whether a request that is held back may go, besides those at every end of another's wait."""
+"""Seconds between looks whether a request that is held back may go, besides those after every step."""
 
 
 class EngineServer:
@@ -159,7 +159,8 @@ class EngineServer:
                     admission.ended(entry, cut=isinstance(what, HeadraceError) or not any(_finishes(event) for event in what))
                 if over or (waited and entry.first_at is not None):
                     outwaited()
-                    self._release_soon()
+                # Each step changes what those that wait are predicted; all of its batches come in one turn of the loop, or two.
+                self._release_soon()
                 if over and entry.shed is not None:
                     self._is_crowded()
                     what = entry.shed
