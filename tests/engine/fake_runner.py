@@ -27,9 +27,7 @@ class FakeResult:
         self.top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :64].astype(np.int64)
         self.top_logits = np.take_along_axis(logits, self.top_ids, axis=1)
         highest = logits.max(axis=1, initial=0)
-        # In double precision: how float32 rounds depends on how many rows there are.
-        exact = logits.astype(np.float64) - highest[:, None]
-        self.logsumexp = (np.log(np.exp(exact).sum(axis=1)) + highest).astype(np.float32)
+        self.logsumexp = (np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest).astype(np.float32)
         self._best_only = best_only
         if best_only:
             self.top_ids, self.top_logits = self.top_ids[:, :1], self.top_logits[:, :1]
