@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from driven import Answer, Driven
 from fake_runner import LETTERS, VOCABULARY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headrace.engine.echo import EchoEngine
@@ -80,6 +80,7 @@ SAMPLINGS = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
+@example(sampling=Sampling(max_tokens=1, n=2, seed=0, prompt_logprobs=1), prompt=[1] * 19, deaths=[1], engine={})
 @given(
     sampling=SAMPLINGS,
     prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40),

@@ -269,7 +269,7 @@ class Stepper:
                 picks = take_best(result, draw.rows)
             else:
                 picks = sample_rows(result, draw.samplers, draw.rows, draw.ahead)
-            scores = [(chunk, self._score(chunk, result, row)) for chunk, row in draw.scored]
+            scores = [(chunk.sequence.job, len(chunk.sequence.job.scores), self._score(chunk, result, row)) for chunk, row in draw.scored]
         except Exception as error:  # noqa: BLE001  what the model can't compute must only end the request at fault
             refused = error
         if refused is not None:
@@ -286,8 +286,9 @@ class Stepper:
             self._one_more(sequence, block_size)
         for chunk in chunks:
             scheduler.computed(chunk.sequence, chunk.end)
-        for chunk, scored in scores:
-            chunk.sequence.job.scores += scored
+        for job, first, scored in scores:
+            # Choices that go on after a death may have had the same positions scored.
+            job.scores += scored[len(job.scores) - first :]
         if draw.first:
             self._first_tokens(draw)
         if draw.guesses is None or draw.ahead is None:
