@@ -504,7 +504,7 @@ async def _run(beginning: Beginning) -> None:
     server.background.append(asyncio.create_task(_tell_of_requests(link, tally, rules), name="request counts"))
     await _connect(link, beginning)
     if cache is not None:
-        await asyncio.wait((asyncio.create_task(cache.open(), name="open the cache"),), timeout=OPEN_CACHE)
+        await cache.open(OPEN_CACHE)
     serving = asyncio.create_task(server.serve(sockets=[beginning.listening]))
     await asyncio.wait((serving, asyncio.create_task(server.listening.wait())), return_when=asyncio.FIRST_COMPLETED)
     gc.collect()

@@ -19,6 +19,14 @@ def flood(driven: Driven, count: int, *, tenant: int, tokens: int = 12, max_toke
         driven.add([tenant + 1] * (tokens - 1) + [number + 1], tenant=tenant, max_tokens=max_tokens)
 
 
+def let_decode(driven: Driven, count: int) -> None:
+    """Of tenant 1; steps are counted from then on."""
+    flood(driven, count, tenant=1, max_tokens=60)
+    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
+        driven.step()
+    driven.runner.sizes.clear()
+
+
 def steps_to_first_token(driven: Driven, tenant: int) -> int:
     answer = driven.add([70 + tenant, 3, 4], tenant=tenant)
     for step in range(1, 100):
@@ -156,24 +164,17 @@ def test_short_steps_make_room_for_a_long_one_and_long_ones_for_none() -> None:
 
 def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> None:
     driven = Driven(max_sequences=32, step_tokens=256, num_blocks=400)
-    flood(driven, 31, tenant=1, max_tokens=60)
-    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
-        driven.step()
+    let_decode(driven, 31)
     pace = driven.stepper._pace
     pace.per_token, pace.fixed = 0.001, 0.008
     pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
-    driven.runner.sizes.clear()
     driven.add([*range(1, 91), *range(1, 61)], tenant=2)
     for _ in range(3):
         driven.step()
     # What an express step always has room for; then, beside the decodes, what is left: too little to be cut in two.
     assert driven.runner.sizes[:2] == [[EXPRESS_PREFILL], [1] * 31 + [150 - EXPRESS_PREFILL]]
     driven.drain()
-    driven.runner.sizes.clear()
-    flood(driven, 31, tenant=1, max_tokens=60)
-    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
-        driven.step()
-    driven.runner.sizes.clear()
+    let_decode(driven, 31)
     driven.add([*range(1, 91), *range(1, 91), *range(1, 121)], tenant=2)
     for _ in range(3):
         driven.step()
@@ -186,13 +187,10 @@ def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> Non
 @pytest.mark.parametrize("length", [80, 3])
 def test_a_short_prompt_of_a_newcomer_isnt_cut_in_two_for_brisk_steps(length: int) -> None:
     driven = Driven(max_sequences=32, step_tokens=256, num_blocks=400)
-    flood(driven, 4, tenant=1, max_tokens=60)
-    while driven.stepper._scheduler.prefilling or driven.stepper._scheduler.waiting:
-        driven.step()
+    let_decode(driven, 4)
     pace = driven.stepper._pace
     pace.per_token, pace.fixed = 0.001, 0.008
     pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
-    driven.runner.sizes.clear()
     flood(driven, 1, tenant=1, tokens=100)
     driven.add([*range(1, length + 1)], tenant=2)
     driven.step()

@@ -35,11 +35,11 @@ def merge_products(model: openvino.Model) -> int:
         widths = [_width(product) for product in products]
         try:
             ends = [_end(product) for product in products]
-            with_bias = {end.get_name() != product.get_name() for end, product in zip(ends, products, strict=True)}
-            if len(with_bias) > 1:
+            biased = ends[0].get_name() != products[0].get_name()
+            if any((end.get_name() != product.get_name()) != biased for end, product in zip(ends, products, strict=True)):
                 raise _Unlike
             plan = _larger([product.input(1) for product in products], widths, 0)
-            if with_bias == {True}:
+            if biased:
                 plan += _larger([end.input(_bias_place(end)) for end in ends], widths, -1)
         except _Unlike:
             continue
@@ -48,7 +48,7 @@ def merge_products(model: openvino.Model) -> int:
             place.replace_source_output(constant.output(0))
         _infer(products[0].input_value(1).get_node())
         products[0].validate_and_infer_types()
-        if with_bias == {True}:
+        if biased:
             _infer(ends[0].input_value(_bias_place(ends[0])).get_node())
             ends[0].validate_and_infer_types()
         last = products[0].get_output_partial_shape(0).rank.get_length() - 1
@@ -63,18 +63,15 @@ def merge_products(model: openvino.Model) -> int:
 
 def _of_the_same_rows(model: Any) -> list[list[Any]]:
     """Products with constant weights [N, K], those together that have the same left side."""
-    groups: dict[tuple[int, int], list[Any]] = {}
-    numbers: dict[str, int] = {}
+    groups: dict[tuple[str, int], list[Any]] = {}
     for node in model.get_ordered_ops():
-        number = numbers.setdefault(node.get_name(), len(numbers))
         if node.get_type_name() != "MatMul":
             continue
         said = node.get_attributes()
         weights = node.input_value(1).get_partial_shape()
         if said["transpose_b"] and not said["transpose_a"] and weights.is_static and len(weights) == 2:
             source = node.input_value(0)
-            number = numbers[source.get_node().get_name()]
-            groups.setdefault((number, source.get_index()), []).append(node)
+            groups.setdefault((source.get_node().get_name(), source.get_index()), []).append(node)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -152,12 +152,11 @@ class EngineServer:
             nonlocal begun
             if entry is not None and admission is not None:
                 over = isinstance(what, HeadraceError) or type(what[-1]) is Report
-                waited = entry.first_at is None
                 if not isinstance(what, HeadraceError):
                     admission.progressed(entry, sum([len(event.tokens) for event in what if type(event) is Delta]))
                 if over:
                     admission.ended(entry, cut=isinstance(what, HeadraceError) or not any(_finishes(event) for event in what))
-                if over or (waited and entry.first_at is not None):
+                if over or entry.generated:
                     outwaited()
                 # Each step changes what those that wait are predicted; all of its batches come in one turn of the loop, or two.
                 self._release_soon()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from headrace.call import Call
@@ -13,7 +14,7 @@ BEYOND_LOOPBACK = "10/minute"
 IPV6_NETWORK = 64
 """Bits of an IPv6 address that are one caller: a household has that many addresses to itself."""
 MOST_KEPT = 4096
-"""Callers whose claims are at hand."""
+"""Callers of whom what is worked out is kept at hand."""
 
 
 class Claimants:
@@ -62,6 +63,7 @@ def claims_of(key: KeyRecord, tenant: TenantRecord | None) -> tuple[Claim, ...]:
     return tuple(claim for claim in claims if claim.limited)
 
 
+@lru_cache(maxsize=MOST_KEPT)
 def network_of(address: str) -> str:
     """What is one anonymous caller: an IPv4 address, or an IPv6 network."""
     try:

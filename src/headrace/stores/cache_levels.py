@@ -94,11 +94,11 @@ class CacheLevels:
         """Done when the write that has begun is over."""
         self._watching: asyncio.Task[None] | None = None
 
-    async def open(self) -> None:
-        """Have the second level at hand before requests wait for it: to open it may take longer than they would."""
+    async def open(self, timeout: float) -> None:
+        """Have the second level at hand before requests wait for it, if that takes `timeout` seconds at most: they would wait for less."""
         if self._second is not None:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
-                async with asyncio.timeout(WRITE_TIMEOUT):
+                async with asyncio.timeout(timeout):
                     await self._second.get(_MARK)
 
     def recall(self, key: bytes) -> bytes | None:
