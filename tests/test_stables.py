@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.stables import Fetch, Load, Order, Refuse, Stables, Unload
+from headrace.stables import LINGERS, Fetch, Load, Order, Refuse, Stables, Unload
 
 
 def stables(**sizes: int | None) -> Stables:
@@ -81,6 +81,28 @@ def test_an_idle_model_is_unloaded_after_keep_alive_and_that_moment_is_foretold(
     assert made.next_look(4) == 7
     assert made.orders(10.9) == []
     assert made.orders(11) == [Unload("m", gentle=True)]
+
+
+def test_a_replaced_model_that_a_straggler_brings_back_doesnt_stay() -> None:
+    made = Stables({})
+    made.add("old", {})
+    load(made, "old", now=1)
+    made.replace("old")
+    assert made.orders(2) == [Unload("old", gentle=False)]
+    made.gone("old")
+    load(made, "old", now=3)
+    made.ask("old", "caller", 3)
+    assert made.next_look(4) is None
+    made.leave("old", "caller", 5)
+    assert made.next_look(5) == LINGERS
+    assert made.orders(5 + LINGERS) == [Unload("old", gentle=True)]
+    made.gone("old")
+    # Somebody goes back to it: it stays again.
+    made.keep("old")
+    assert made.orders(30) == [Load("old")]
+    made.ready("old", 30)
+    made.let_go("old", 30)
+    assert made.next_look(30) is None
 
 
 def test_later_ones_take_free_memory_but_nobodys_place_while_the_first_waits() -> None:
@@ -158,6 +180,12 @@ class Histories(RuleBasedStateMachine):
     def unload(self, name: str) -> None:
         if not self.stables[name].pinned:
             self.stables.unload(name)
+            self.follow()
+
+    @rule(name=st.sampled_from(names))
+    def replace(self, name: str) -> None:
+        if not self.stables[name].pinned:
+            self.stables.replace(name)
             self.follow()
 
     @rule(seconds=st.floats(0, 20))

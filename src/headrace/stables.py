@@ -18,6 +18,8 @@ State = Literal["absent", "fetching", "loading", "ready", "draining"]
 
 RETRY = 10.0
 """Seconds after which a model that must always be there is tried again, if it couldn't be loaded."""
+LINGERS = 10.0
+"""Seconds that a model which has been replaced stays after its last use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Stall:
     last_used: float = 0.0
     leaving: bool = False
     """It is to be unloaded as soon as possible, in use or not."""
+    replaced: bool = False
+    """Another version took over. Requests that had chosen this one before may still come and have it loaded again: not to stay."""
     refused: bool = False
     """Nobody tries again until it is asked for again."""
     retry_at: float = 0.0
@@ -84,6 +88,13 @@ class Stall:
     @property
     def stays(self) -> bool:
         return self.pinned or self.kept > 0
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after its last use when it is unloaded though nobody needs the room; None is never."""
+        if not self.replaced:
+            return self.keep_alive
+        return LINGERS if self.keep_alive is None else min(LINGERS, self.keep_alive)
 
     @property
     def holds(self) -> Mapping[str, int]:
@@ -138,7 +149,7 @@ class Stables:
         """Have it loaded, and don't unload it until as many `let_go`."""
         stall = self._stalls[name]
         stall.kept += 1
-        stall.refused, stall.leaving, stall.retry_at = False, False, 0.0
+        stall.refused, stall.leaving, stall.replaced, stall.retry_at = False, False, False, 0.0
 
     def let_go(self, name: str, now: float) -> None:
         stall = self._stalls[name]
@@ -149,6 +160,11 @@ class Stables:
         """Once what runs is over. It is loaded again when it is asked for again."""
         if self._stalls[name].state == "ready":
             self._stalls[name].leaving = True
+
+    def replace(self, name: str) -> None:
+        """Likewise; and from now on it is only there while it is used, until somebody wants to `keep` it."""
+        self._stalls[name].replaced = True
+        self.unload(name)
 
     def found(self, name: str, needs: Mapping[str, int]) -> None:
         stall = self._stalls[name]
@@ -214,9 +230,9 @@ class Stables:
     def next_look(self, now: float) -> float | None:
         """Seconds until time alone changes something."""
         moments = [
-            stall.last_used + stall.keep_alive
+            stall.last_used + stall.patience
             for stall in self._stalls.values()
-            if stall.keep_alive is not None and stall.state == "ready" and not stall.stays and not stall.users
+            if stall.patience is not None and stall.state == "ready" and not stall.stays and not stall.users
         ]
         moments += [stall.retry_at for stall in self._stalls.values() if stall.stays and stall.state == "absent"]
         return max(0.0, min(moments) - now) if moments else None
@@ -246,7 +262,7 @@ class Stables:
         for stall in self._stalls.values():
             if stall.state != "ready" or stall.kept:
                 continue
-            idle = stall.keep_alive is not None and now - stall.last_used >= stall.keep_alive and not stall.users and not stall.pinned
+            idle = stall.patience is not None and now - stall.last_used >= stall.patience and not stall.users and not stall.pinned
             if stall.leaving or idle:
                 gentle = not stall.leaving
                 stall.state, stall.leaving = "draining", False

@@ -368,7 +368,7 @@ class Upgrades:
         stall = self._yard.stables[name]
         elsewhere = any(name in (alias.to, alias.shadow, *alias.split) for alias in self._section().aliases.values())
         if not stall.pinned and not elsewhere:
-            self._yard.stables.unload(name)
+            self._yard.stables.replace(name)
             self._yard.stir()
 
     @staticmethod
