@@ -274,3 +274,13 @@ def no_room(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError:
         " (max_queue_requests, max_queue_tokens).",
         retry_after=wait,
     )
+
+
+def foreseen(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError | None:
+    """Why the request would be refused, if so; not where others might be put out for it."""
+    found = place(queue, bounds, newcomer)
+    if isinstance(found, HeadraceError):
+        return found
+    if is_full(queue, bounds, newcomer) and who_gives_way(queue.lines, newcomer) is None:
+        return no_room(queue, bounds, newcomer)
+    return None

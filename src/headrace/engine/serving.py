@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from headrace.engine.admission import Admission, Entry, TellsPace
+from headrace.engine.crowding import Crowding
 from headrace.engine.frames import (
     MAX_UNREAD,
     Cancel,
@@ -34,11 +35,7 @@ from headrace.engine.suspects import Turns
 from headrace.errors import EngineUnavailable, HeadraceError, RequestFailed, StoreUnavailable
 from headrace.ports import Counter, Counters, Deliver, Engine, NotesSteps, StepNotes, Submits, TellsCached
 from headrace.types import Delta, EngineCard, Event, GenerateRequest, Report
-
-CROWDED = 1.0
-"""Seconds after a refusal in which API processes are told of the queue."""
-TELL_INTERVAL = 0.02
-"""Seconds between two such messages."""
+from headrace.waiting import Bounds, Queue
 
 RELEASE_INTERVAL = 0.1
 """Seconds between looks whether a request that is held back may go, besides those after every step."""
@@ -75,8 +72,7 @@ class EngineServer:
         self._turns = Turns(self._start)
         self._turns.notes = notes
         self._admission = admission
-        self._crowded_until = float("-inf")
-        self._telling: asyncio.TimerHandle | None = None
+        self._crowding = None if admission is None else Crowding(admission, self._tell)
         self._held = None if admission is None else HeldBack(admission)
         self._releasing: asyncio.Handle | None = None
         self._release_at = 0.0
@@ -132,25 +128,25 @@ class EngineServer:
         begun = False
         entry: Entry | None = None
         cancel = outwaited = _nothing
-        admission = self._admission
-        if admission is not None:
+        admission, crowding = self._admission, self._crowding
+        if admission is not None and crowding is not None:
             try:
                 entry = admission.admit(request, lambda: cancel(), known=again)
             except HeadraceError as refusal:
                 if counter is not None:
                     counter.end(None)
-                self._is_crowded()
+                crowding.refused(request)
                 deliver(refusal)
                 return _nothing
             patience = admission.bounds.wait if request.timeout is None else min(request.timeout, admission.bounds.wait)
             if entry.held or patience == admission.bounds.wait:
                 outwaited = asyncio.get_running_loop().call_later(patience, admission.outwaited, entry).cancel
-            self._tell_soon()
+            crowding.changed()
         self._ids.add(request.id)
 
         def deliver_and_note(what: Sequence[Event] | HeadraceError) -> None:
             nonlocal begun
-            if entry is not None and admission is not None:
+            if entry is not None and admission is not None and crowding is not None:
                 over = isinstance(what, HeadraceError) or type(what[-1]) is Report
                 if not isinstance(what, HeadraceError):
                     admission.progressed(entry, sum([len(event.tokens) for event in what if type(event) is Delta]))
@@ -161,9 +157,9 @@ class EngineServer:
                 # Each step changes what those that wait are predicted; all of its batches come in one turn of the loop, or two.
                 self._release_soon()
                 if over and entry.shed is not None:
-                    self._is_crowded()
+                    crowding.refused(request)
                     what = entry.shed
-                self._tell_soon()
+                crowding.changed()
             if isinstance(what, HeadraceError):
                 self._ids.discard(request.id)
                 if counter is not None:
@@ -214,23 +210,8 @@ class EngineServer:
             self._held.release()
             self._release_soon(RELEASE_INTERVAL)
 
-    # How crowded it is
-
-    def _is_crowded(self) -> None:
-        """A request was refused: from now on API processes are told of the queue, so that they can refuse by themselves."""
-        self._crowded_until = asyncio.get_running_loop().time() + CROWDED
-        self._tell_soon()
-
-    def _tell_soon(self) -> None:
-        if self._telling is None and self._admission is not None:
-            loop = asyncio.get_running_loop()
-            if loop.time() < self._crowded_until:
-                self._telling = loop.call_later(TELL_INTERVAL, self._tell)
-
-    def _tell(self) -> None:
-        self._telling = None
-        assert self._admission is not None
-        message = Crowded(self._admission.queue(), self._admission.bounds)
+    def _tell(self, queue: Queue, bounds: Bounds) -> None:
+        message = Crowded(queue, bounds)
         for client in self._clients:
             client.connection.send(message)
 

@@ -140,6 +140,10 @@ class Metrics:
         self._kept = lru_cache(maxsize=256)(self.kept.labels)
         self._request = lru_cache(maxsize=1024)(self.requests.labels)
         self._seconds = lru_cache(maxsize=256)(self.seconds.labels)
+        # Under overload most answers are refusals.
+        self._errors = lru_cache(maxsize=256)(self.errors.labels)
+        self._not_admitted = lru_cache(maxsize=256)(self.not_admitted.labels)
+        self._refused = lru_cache(maxsize=256)(self.refused.labels)
         self._model = lru_cache(maxsize=256)(lambda model: _ModelMeters(self, model))
 
     def opened(self) -> None:
@@ -156,9 +160,9 @@ class Metrics:
         gathered.count(self._request(exchange.route, method, str(status), model))
         gathered.observe(self._seconds(exchange.route), now - exchange.started_at)
         for failing, error in failed:
-            self.errors.labels(code_of(error), model_name(self._models, failing)).inc()
+            gathered.count(self._errors(code_of(error), model_name(self._models, failing)))
             if isinstance(error, RateLimited) and error.limit is not None:
-                self.refused.labels(*error.limit).inc()
+                gathered.count(self._refused(*error.limit))
         for call in exchange.calls:
             for name in call.retried:
                 self.retries.labels(self._models.find(name).public_name).inc()
@@ -170,7 +174,7 @@ class Metrics:
             outcome = call.outcome
             if isinstance(outcome.error, NotAdmitted | QueueShareFull):
                 name = self._models.find(call.served_model).public_name
-                self.not_admitted.labels(name, outcome.error.code, call.priority).inc()
+                gathered.count(self._not_admitted(name, outcome.error.code, call.priority))
             kept = outcome.cache_level or ("shared" if outcome.served_from == "shared" else call.headers.get(CACHE_HEADER, "off"))
             gathered.count(self._kept(self._models.find(call.served_model).public_name, kept))
             reason = call.headers.get(FALLBACK_HEADER)

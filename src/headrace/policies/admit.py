@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from headrace.call import Call
-from headrace.errors import HeadraceError
 from headrace.policies.cache import wanted
 from headrace.served import ServedModels
 from headrace.unwinding import before
-from headrace.waiting import Bounds, Newcomer, Queue, is_full, no_room, place, who_gives_way
+from headrace.waiting import Bounds, Newcomer, Queue, foreseen
 
 
 @runtime_checkable
@@ -79,13 +78,3 @@ class Crowds:
         """The queue of the model of that name, None for the default one, if it is crowded."""
         engine = self._telling.get(self._models.find(name).files.name)
         return None if engine is None else engine.crowd()
-
-
-def foreseen(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError | None:
-    """Why the worker would refuse the request, if so; where it might put out another for it, it is asked."""
-    found = place(queue, bounds, newcomer)
-    if isinstance(found, HeadraceError):
-        return found
-    if is_full(queue, bounds, newcomer) and who_gives_way(queue.lines, newcomer) is None:
-        return no_room(queue, bounds, newcomer)
-    return None
