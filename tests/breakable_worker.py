@@ -65,7 +65,7 @@ def _build(files: ModelFiles, config: Config, *arguments: Any, **named: Any) -> 
         raise ModelError("The model's file is gone.")
     return BreakableEngine(
         lambda: BreakableRunner(num_blocks=512),
-        LetterTokenizer(),
+        LetterTokenizer,
         name=files.name,
         kind="fake",
         context_length=1500,

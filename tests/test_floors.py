@@ -28,6 +28,7 @@ FLOORS: dict[str, int] = {
     "stores": 1,
     "policies": 1,
     "journey": 2,
+    "engine_deaths": 2,
     "engine_streams": 2,
     "engines": 2,
     "quarantine": 2,

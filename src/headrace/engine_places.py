@@ -85,8 +85,6 @@ class EnginePlace:
         """Why, once it has failed for too long."""
         self._said = EngineStatus(reason="It is being loaded.")
         self._retired = asyncio.Event()
-        self._served = asyncio.Event()
-        """Set while a worker serves."""
         self._log = structlog.get_logger("headrace.supervisor").bind(child=name)
 
         def worker(number: int) -> Worker:
@@ -199,8 +197,9 @@ class EnginePlace:
         return self._time.now
 
     async def wait_to_stand_by(self) -> None:
-        """Returns when a worker serves, or none will: only then there is anything to stand by for."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._served, self._retired)]
+        """Returns when a worker has served, or none will: only then there is anything to stand by for. Where workers die one after the
+        other, the next standby is loaded while the one before, not ready yet, takes over: most of loading keeps one processor busy."""
+        waits = [asyncio.create_task(event.wait()) for event in (self.started, self._retired)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -226,13 +225,9 @@ class EnginePlace:
                 return
 
     def _worker_changed(self, child: Child) -> None:
-        if child is self.active:
-            if child.state == "ready":
-                self.started.set()
-                self._served.set()
-                self._blocks = child.stats.blocks_total or self._blocks
-            else:
-                self._served.clear()
+        if child is self.active and child.state == "ready":
+            self.started.set()
+            self._blocks = child.stats.blocks_total or self._blocks
         self._say()
 
     def _say(self) -> None:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.engine.step_notes import LastStep
+from headrace.engine_deaths import Death
 from headrace.errors import HeadraceError
 from headrace.ports import TakesBatch
 from headrace.types import Delta, Event, GenerateRequest, PromptScores, Report
@@ -20,8 +21,6 @@ PORTION = 4 * 1024
 MAX_SUBMISSIONS = 3
 """A request that saw this many workers die without getting on may be the reason, whatever was noted of their last steps: a suspect. Of
 engines that nothing is noted of, it is ended."""
-LONE_DEATHS = 2
-"""Workers in a row that died while a suspect had them to itself, upon which it is convicted. One may have been killed by somebody else."""
 
 
 class Home(Protocol):
@@ -53,6 +52,7 @@ class EngineStream:
         "behind_since",
         "cached",
         "deadline",
+        "deaths",
         "done",
         "ended",
         "error",
@@ -114,6 +114,8 @@ class EngineStream:
         """Tokens of it that would have been computed after the step that the last of them died of."""
         self.suspect = False
         """A worker may have died of it: the next one runs it alone."""
+        self.deaths: list[Death] = []
+        """Of workers, for which it is one of the suspects."""
         self.model = ""
         """Fingerprint of the engine that has begun it."""
         self.cached = 0
@@ -143,6 +145,8 @@ class EngineStream:
     def take_note(self, events: list[Event]) -> None:
         """Remember what has arrived."""
         self.began = self.got_on = True
+        if self.deaths:
+            self._cleared()
         generated = self.generated
         for event in events:
             if type(event) is Delta:
@@ -212,15 +216,16 @@ class EngineStream:
         self.suspect |= last is None or last.took_part(self.request.id) or self.fruitless >= MAX_SUBMISSIONS
 
     @property
-    def convicted(self) -> bool:
-        """Whether it is what workers die of."""
-        return self.lone_deaths >= LONE_DEATHS
-
-    @property
     def turn(self) -> tuple[bool, int]:
         """Where it comes in order: suspects first, and of them those first that no engine of their own has died with: kills from outside
         don't hit the same one again and again."""
         return not self.suspect, self.lone_deaths
+
+    def _cleared(self) -> None:
+        """It got on after all."""
+        deaths, self.deaths = self.deaths, []
+        for death in deaths:
+            death.cleared()
 
     def whole(self, report: Report) -> Report:
         """The last worker's report with what was before: the time until it got the request, and what it can't know."""

@@ -35,6 +35,7 @@ from headrace.engine.frames import (
     Submit,
 )
 from headrace.engine.step_notes import LastStep, notes_path, read_last_step
+from headrace.engine_deaths import Deaths
 from headrace.engine_streams import MAX_SUBMISSIONS, EngineStream, Reading
 from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDied, EngineUnavailable, HeadraceError, ModelNotLoaded, revive
 from headrace.ports import Meters
@@ -117,6 +118,7 @@ class EngineClient:
         self._stats = EngineStats()
         self._crowded: Crowded | None = None
         self._crowded_at = 0.0
+        self._deaths = Deaths()
         self._stats_waiters: list[asyncio.Future[None]] = []
         self._unavailable: HeadraceError | None = None
         self._closed: HeadraceError | None = None
@@ -556,6 +558,9 @@ class EngineClient:
             structlog.get_logger("headrace.engines").warning("engine lost", requests=len(submitted))
         lost, self._left = [*self._left.values()], {}
         last = self._last_step() if submitted else None
+        if last is not None and len(last.members) == sum(last.took_part(stream.request.id) for stream in submitted.values()):
+            # Else another API process has suspects, too, and doesn't tell what becomes of them.
+            self._deaths.died([stream for stream in submitted.values() if not stream.got_on])
         for stream in submitted.values():
             self._after_death(stream, last)
             if stream.handle not in self._waiting and not stream.done:
@@ -584,7 +589,7 @@ class EngineClient:
             stream.fail(EngineDied("The engine's process ended while it answered this request; it is being started again.", retry_after=1))
         elif stream.fruitless >= MAX_SUBMISSIONS and (last is None or not resumes):
             stream.fail(EngineDied(f"The engine's process ended {stream.fruitless} times while this request waited for it."))
-        elif stream.convicted:
+        elif stream.lone_deaths >= self._deaths.to_convict:
             self._convict(stream)
         elif (refusal := self._closed or self._unavailable or self.quarantined.refusal(stream.request)) is not None:
             stream.fail(refusal)

@@ -547,6 +547,14 @@ class Overlaps(Protocol):
 
 
 @runtime_checkable
+class HearsOfWarmUp(Protocol):
+    """A runner that leaves something for when its first steps are over."""
+
+    def warmed_up(self) -> None:
+        """They are; called on the step thread."""
+
+
+@runtime_checkable
 class KeepsOld(Protocol):
     """A response cache that keeps answers for a while after they have expired."""
 

@@ -91,7 +91,7 @@ def build_engine(
 
     return ScheduledEngine(
         lambda: load_runner(files, config, memory_share, kv_blocks=kv_blocks, beside_standby=beside_standby),
-        load_tokenizer(files),
+        lambda: load_tokenizer(files),
         name=files.name,
         kind=files.kind,
         context_length=files.context_length,

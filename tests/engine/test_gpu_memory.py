@@ -66,7 +66,7 @@ class OnGpu(FakeRunner):
 @pytest.mark.parametrize(("runner", "expected"), [(OnGpu, (400, 1000)), (FakeRunner, (0, 0))])
 async def test_the_engine_shows_it(runner: type[FakeRunner], expected: tuple[int, int]) -> None:
     engine = ScheduledEngine(
-        runner, LetterTokenizer(), name="m", kind="transformers", context_length=64, fingerprint="", config=EngineSection(max_sequences=4)
+        runner, LetterTokenizer, name="m", kind="transformers", context_length=64, fingerprint="", config=EngineSection(max_sequences=4)
     )
     await engine.start()
     stats = engine.stats()

@@ -47,7 +47,7 @@ class GatedRunner(FakeRunner):
 def make_engine(make_runner: Callable[[], Runner], **config: int) -> ScheduledEngine:
     return ScheduledEngine(
         make_runner,
-        LetterTokenizer(),
+        LetterTokenizer,
         name="fake",
         kind="fake",
         context_length=300,

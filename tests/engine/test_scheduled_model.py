@@ -45,7 +45,7 @@ async def engine(request: pytest.FixtureRequest, default_model: ModelFiles) -> A
 
     engine = ScheduledEngine(
         make_runner,
-        load_tokenizer(default_model),
+        lambda: load_tokenizer(default_model),
         name=default_model.name,
         kind=request.param,
         context_length=1024,

@@ -155,7 +155,11 @@ class OpenVinoRunner:
         regions = [(memory.ctypes.data, size) for memory, size in zip(self._caches, sizes, strict=True)]
         self._populate = Populate(regions, self._num_blocks)
         weakref.finalize(self, self._populate.close)
-        self._populate.start()
+
+    def warmed_up(self) -> None:
+        """`ports.HearsOfWarmUp`."""
+        if self._populate is not None:
+            self._populate.start()
 
     @property
     def block_size(self) -> int:

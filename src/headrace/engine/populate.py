@@ -4,6 +4,8 @@ The first write to a page of memory waits for the system to find and clear it, i
 to 5 ms for each 2 MiB, which made the prefill of a young server take 13 % longer (135M parameters, 2 cores). A thread
 of the lowest priority asks for the pages ahead of time instead (`MADV_POPULATE_WRITE`, Linux 5.14), in the pauses that steps leave.
 It changes no byte, so that blocks may be in use meanwhile. Where the system can't, the pages come with the first write, as ever.
+
+It is no help to the very first step, which changes the address space many times and waits for a piece each time: 1 s instead of 0.15 s.
 """
 
 from __future__ import annotations

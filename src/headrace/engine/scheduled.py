@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -31,7 +32,7 @@ from headrace.errors import (
     InvalidParameter,
     ModelError,
 )
-from headrace.ports import Deliver, OnGpus, Overlaps, Runner, StepNotes, Tokenizer
+from headrace.ports import Deliver, HearsOfWarmUp, OnGpus, Overlaps, Runner, StepNotes, Tokenizer
 from headrace.types import EngineCard, EngineStats, Event, GenerateRequest, Report, Resume
 
 _PAUSE = 0.01
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 class ScheduledEngine:
     """Continuous batching over any `Runner`; a `ports.Engine` that also `ports.Submits`.
 
-    `make_runner` is called on the step thread, the only one that ever touches the runner, and returns it loaded.
+    `make_runner` is called on the step thread, the only one that ever touches the runner, and returns it loaded; `make_tokenizer`
+    meanwhile, on a thread of its own.
     Should the loop itself break, running requests end with `EngineDied`, `failure` says why and `failed` is set: the
     engine is of no further use then, and its process should exit to be replaced.
     """
@@ -50,7 +52,7 @@ class ScheduledEngine:
     def __init__(
         self,
         make_runner: Callable[[], Runner],
-        tokenizer: Tokenizer,
+        make_tokenizer: Callable[[], Tokenizer],
         *,
         name: str,
         kind: str,
@@ -64,7 +66,7 @@ class ScheduledEngine:
         self.notes: StepNotes | None = None
         self.pace = Pace()
         self._make_runner = make_runner
-        self._tokenizer = tokenizer
+        self._make_tokenizer = make_tokenizer
         self._name = name
         self._kind = kind
         self._context_length = context_length
@@ -268,7 +270,10 @@ class ScheduledEngine:
             self._post(self._over, error)
 
     def _load(self) -> Stepper:
-        runner = self._make_runner()
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as aside:
+            making = aside.submit(self._make_tokenizer)
+            runner = self._make_runner()
+            tokenizer = making.result()
         self._gpu_memory = runner.gpu_memory if isinstance(runner, OnGpus) else None
         if isinstance(runner, Overlaps):
             runner.meanwhile = self._hand_over
@@ -277,7 +282,7 @@ class ScheduledEngine:
         def make() -> Stepper:
             return Stepper(
                 runner,
-                self._tokenizer,
+                tokenizer,
                 context_length=self._context_length,
                 max_sequences=self._config.max_sequences,
                 step_tokens=self._config.step_tokens,
@@ -288,6 +293,8 @@ class ScheduledEngine:
             )
 
         warm_up(make())
+        if isinstance(runner, HearsOfWarmUp):
+            runner.warmed_up()
         stepper = make()
         stepper.pulse = self.pulse
         stepper.notes = self.notes
