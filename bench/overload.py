@@ -1,11 +1,13 @@
 """Ten times too much load: goodput against its peak, the time to refuse, and the recovery afterwards.
 
-Open loop: requests come at a steady rate, whether or not earlier ones are done. The peak is looked for by raising the rate; goodput is the
-completed requests a second with a first token within 2 s and 200 ms at most for each further one. Every request is of one tenant.
+Open loop: requests come whether or not earlier ones are done, at moments of their own, as those of many users do (a Poisson process, of
+which the number of requests is fixed). The peak is looked for by raising the rate; goodput is the completed requests a second with a first
+token within 2 s and 200 ms at most for each further one. Every request is of one tenant.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from bench.figures import Figure, Findings, Side, quantile
@@ -104,13 +106,19 @@ def _overload(
     """The overload, and the load of the peak that comes without a pause after it."""
     count = int(rate * factor * seconds)
     calm = int(rate * after)
-    at = [each / (rate * factor) for each in range(count)] + [seconds + each / rate for each in range(calm)]
+    at = _arrivals(count, seconds, number) + [seconds + each for each in _arrivals(calm, after, number + 1)]
     samples = _run(server, at, words, max_tokens, number)
     return samples[:count], samples[count:]
 
 
 def _ask(server: Server, rate: float, seconds: float, words: int, max_tokens: int, number: int) -> list[Sample]:
-    return _run(server, [each / rate for each in range(int(rate * seconds))], words, max_tokens, number)
+    return _run(server, _arrivals(int(rate * seconds), seconds, number), words, max_tokens, number)
+
+
+def _arrivals(count: int, seconds: float, seed: int) -> list[float]:
+    """Moments of a Poisson process that has so many in that time."""
+    moments = random.Random(seed)
+    return sorted(moments.uniform(0, seconds) for _ in range(count))
 
 
 def _run(server: Server, at: Sequence[float], words: int, max_tokens: int, number: int) -> list[Sample]:
