@@ -41,7 +41,7 @@ from headrace.errors import BadRequest, BodyTooLarge, DeadlineExceeded, EngineDi
 from headrace.ports import Meters
 from headrace.quarantine import Quarantine, convicted, fingerprint
 from headrace.types import EngineCard, EngineStats, GenerateRequest, Report, Resume
-from headrace.waiting import Bounds, Queue
+from headrace.waiting import Bounds, Newcomer, Queue, with_newcomer
 
 CROWD_FRESH = 0.25
 """Seconds for which a worker's word on its crowded queue counts."""
@@ -630,6 +630,12 @@ class EngineClient:
             self._crowded = None
             return None
         return said.queue, said.bounds
+
+    def let_in(self, newcomer: Newcomer) -> None:
+        """A request goes there: until the worker says how its queue is now, others are behind that one."""
+        said = self._crowded
+        if said is not None:
+            self._crowded = Crowded(with_newcomer(said.queue, said.bounds, newcomer), said.bounds)
 
     def stats(self) -> EngineStats:
         """As of the last `refresh`."""

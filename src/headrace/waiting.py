@@ -276,6 +276,19 @@ def no_room(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError:
     )
 
 
+def with_newcomer(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> Queue:
+    """The queue with a request in it that may come in."""
+    found = place(queue, bounds, newcomer)
+    if isinstance(found, HeadraceError):
+        return queue
+    lines = {(line.tenant, line.rank): line for line in queue.lines}
+    before = lines.get((newcomer.tenant, found.rank)) or Line(newcomer.tenant, found.rank, 0, 0, 0)
+    lines[newcomer.tenant, found.rank] = Line(
+        newcomer.tenant, found.rank, before.requests + 1, before.sequences + newcomer.sequences, before.tokens + newcomer.tokens
+    )
+    return msgspec.structs.replace(queue, lines=tuple(lines.values()))
+
+
 def foreseen(queue: Queue, bounds: Bounds, newcomer: Newcomer) -> HeadraceError | None:
     """Why the request would be refused, if so; not where others might be put out for it."""
     found = place(queue, bounds, newcomer)

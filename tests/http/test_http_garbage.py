@@ -26,6 +26,12 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "native": ("/chat", {"prompt": "Say it again.", "max_length": 4}),
     "native stream": ("/chat/stream", {"prompt": "Say it again.", "max_length": 4}),
 }
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "late": ("/v1/chat/completions", {"messages": MESSAGES, "stream": True, "model": "nobody's"}),
+    "whole": ("/chat", {"prompt": "Say it again.", "model": "nobody's"}),
+    "early": ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 17}),
+    "of a batch": ("/chat/batch", {"prompt": "no list"}),
+}
 
 
 @pytest.fixture
@@ -42,7 +48,16 @@ def alive() -> int:
 
 @pytest.mark.parametrize("kind", ASKED)
 def test_a_request_leaves_no_cycles(kind: str, no_collector: None) -> None:
-    path, body = ASKED[kind]
+    leaves_nothing(*ASKED[kind], {200})
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refusal_leaves_no_cycles(kind: str, no_collector: None) -> None:
+    """Under overload, looking for what they left took 33 ms for every 350 of them."""
+    leaves_nothing(*REFUSED[kind], {400, 404, 422})
+
+
+def leaves_nothing(path: str, body: dict[str, Any], statuses: set[int]) -> None:
     with live(stand()) as served:
         url = urlsplit(served.url)
         assert url.hostname is not None
@@ -51,7 +66,7 @@ def test_a_request_leaves_no_cycles(kind: str, no_collector: None) -> None:
         for _ in range(20):
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            assert answer.status == 200
+            assert answer.status in statuses
             answer.read()
         # The connection itself holds on to its last request, and that one may have several calls.
         until = time.monotonic() + 10

@@ -7,7 +7,7 @@ from headrace.call import Call
 from headrace.errors import HeadraceError, WaitTooLong
 from headrace.policies.admit import Admit, Crowds, TurnAway
 from headrace.types import PATIENT, Sampling
-from headrace.waiting import BURST, Bounds, Line, Queue, rank_of
+from headrace.waiting import BURST, Bounds, Line, Newcomer, Queue, rank_of, with_newcomer
 
 pytestmark = pytest.mark.anyio
 
@@ -20,6 +20,10 @@ class CrowdedEngine(FlakyEngine):
 
     def crowd(self) -> tuple[Queue, Bounds] | None:
         return self.said
+
+    def let_in(self, newcomer: Newcomer) -> None:
+        assert self.said is not None
+        self.said = with_newcomer(*self.said, newcomer), self.said[1]
 
 
 def flood(tenant: int, *, each: int = 100) -> tuple[Queue, Bounds]:
@@ -74,3 +78,20 @@ async def test_anothers_flood_refuses_nobody() -> None:
     call = asked(sampling=FREE)
     engine.said = flood(call.tenant + 1, each=1)
     assert await made.text(call) == "large"
+
+
+async def test_who_is_let_in_counts_before_the_worker_says_so() -> None:
+    """Between two words of the worker not everybody is let in for whom alone there would be room."""
+    made, engine = gateway()
+    call = asked(sampling=FREE)
+    line = Line(call.tenant, rank_of("default", PATIENT), BURST, BURST, BURST * 100)
+    engine.said = Queue(lines=(line,), speed=100.0, flooded=True, limit=1.0), BOUNDS
+    let_in = 0
+    while let_in < 1000:
+        try:
+            await made.text(asked(sampling=FREE))
+        except WaitTooLong:
+            break
+        let_in += 1
+    assert 0 < let_in < 100
+    assert len(engine.requests) == let_in

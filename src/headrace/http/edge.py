@@ -11,6 +11,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.error_tracking import ErrorTracker
+from headrace.errors import HeadraceError
 from headrace.http.client_address import TrustedProxies
 from headrace.http.exchange import Exchange, open_exchange
 from headrace.http.failures import code_of, failures, track
@@ -42,6 +43,15 @@ def journey_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
         uses = {call.headers.get(CACHE_HEADER, "off") for call in exchange.calls}
         said[CACHE_HEADER] = uses.pop() if len(uses) == 1 else "miss"
     return [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in said.items()]
+
+
+def _forget_where(exchange: Exchange) -> None:
+    """Refusals were told, counted and tracked. Each knows the frames that it went through, and those know it: a cycle of all that belongs
+    to the request, which under overload most requests would leave behind."""
+    for error in (exchange.error, *[call.outcome.error for call in exchange.calls]):
+        while isinstance(error, HeadraceError):
+            error.__traceback__ = None
+            error = error.__context__
 
 
 class Edge:
@@ -108,6 +118,7 @@ class Edge:
             self._close(exchange)
             # The server's `send` knows the scope, and the scope this exchange: a cycle of all that belongs to the request.
             exchange.send = exchange.line = None
+            _forget_where(exchange)
             exchange.error = None
             scope.pop(LINE, None)
 

@@ -24,6 +24,10 @@ class TellsCrowd(Protocol):
         """The queue, if it is crowded and that is known of late."""
         ...
 
+    def let_in(self, newcomer: Newcomer) -> None:
+        """That request goes there."""
+        ...
+
 
 class Admit:
     """Raises `NotAdmitted` and `QueueShareFull`."""
@@ -34,9 +38,11 @@ class Admit:
     @before
     async def __call__(self, call: Call) -> None:
         if call.source is None and call.request is not None and (crowd := self._crowds.of(call.served_model)) is not None:
-            refusal = foreseen(*crowd, Newcomer.of(call.request))
+            newcomer = Newcomer.of(call.request)
+            refusal = foreseen(*crowd, newcomer)
             if refusal is not None:
                 raise refusal
+            self._crowds.let_in(call.served_model, newcomer)
 
 
 class TurnAway:
@@ -78,3 +84,9 @@ class Crowds:
         """The queue of the model of that name, None for the default one, if it is crowded."""
         engine = self._telling.get(self._models.find(name).files.name)
         return None if engine is None else engine.crowd()
+
+    def let_in(self, name: str | None, newcomer: Newcomer) -> None:
+        """A request goes to that model."""
+        engine = self._telling.get(self._models.find(name).files.name)
+        if engine is not None:
+            engine.let_in(newcomer)
