@@ -51,5 +51,7 @@ def test_what_is_known_of_others_is_bounded_and_forgotten() -> None:
         deaths.died([request])
         request.gets_on()
     assert deaths.to_convict == LONE_DEATHS + MOST_MORE
+    assert deaths.from_outside
     clock.now += REMEMBERED + 1
     assert deaths.to_convict == LONE_DEATHS
+    assert not deaths.from_outside

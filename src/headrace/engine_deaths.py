@@ -65,5 +65,14 @@ class Deaths:
     @property
     def to_convict(self) -> int:
         """Workers in a row that must have died while a suspect had them to itself."""
+        return LONE_DEATHS + self._of_late
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether somebody kills workers again and again. Then to be in the step that one died of says little."""
+        return self._of_late == MOST_MORE
+
+    @property
+    def _of_late(self) -> int:
         since = self._clock() - REMEMBERED
-        return LONE_DEATHS + sum(when > since for when in self._unexplained)
+        return sum(when > since for when in self._unexplained)

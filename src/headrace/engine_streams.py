@@ -197,8 +197,9 @@ class EngineStream:
                 if type(event) is Delta:
                     self.seen += len(event.tokens)
 
-    def outlived(self, last: LastStep | None) -> None:
-        """Its worker died, and had noted `last` of its last step. Finds out whether it may be what workers die of."""
+    def outlived(self, last: LastStep | None, *, from_outside: bool = False) -> None:
+        """Its worker died, and had noted `last` of its last step. Finds out whether it may be what workers die of, which takes more than to
+        have been in that step where somebody kills them `from_outside`: alone, one after the other, few would get on between two kills."""
         further = False
         if self.got_on:
             self.reached = None
@@ -213,13 +214,14 @@ class EngineStream:
             return
         self.fruitless += 1
         self.lone_deaths += self.suspect and last is not None and last.alone(self.request.id)
-        self.suspect |= last is None or last.took_part(self.request.id) or self.fruitless >= MAX_SUBMISSIONS
+        took_part = last is None or (last.took_part(self.request.id) and not from_outside)
+        self.suspect |= took_part or self.fruitless >= MAX_SUBMISSIONS
 
     @property
-    def turn(self) -> tuple[bool, int]:
+    def turn(self) -> tuple[bool, int, int]:
         """Where it comes in order: suspects first, and of them those first that no engine of their own has died with: kills from outside
-        don't hit the same one again and again."""
-        return not self.suspect, self.lone_deaths
+        don't hit the same one again and again. Then who got nothing from the most workers."""
+        return not self.suspect, self.lone_deaths, -self.fruitless
 
     def _cleared(self) -> None:
         """It got on after all."""

@@ -584,7 +584,7 @@ class EngineClient:
         if stream.all_said:
             self._complete(stream)
             return
-        stream.outlived(last)
+        stream.outlived(last, from_outside=self._deaths.from_outside)
         if stream.began and not resumes:
             stream.fail(EngineDied("The engine's process ended while it answered this request; it is being started again.", retry_after=1))
         elif stream.fruitless >= MAX_SUBMISSIONS and (last is None or not resumes):
