@@ -46,7 +46,7 @@ quick: check
 
 test: check
 	$(BIN)/pytest -q -m "$(FAST)"
-	$(BIN)/pytest -m "not ($(FAST))"
+	$(BIN)/pytest --durations=20 -m "not ($(FAST))"
 
 # Installs torch and optimum-intel (2 GB and more) into a folder that pytest throws away.
 test-convert: $(STAMP)-test
