@@ -28,7 +28,7 @@ from headrace.models.openvino_folder import is_one, kv_elements
 from headrace.models.resolve import resolve
 from headrace.types import ModelFiles
 
-WORKING = 300 * 2**20
+WORKING = 340 * 2**20
 """Bytes of a worker beside weights, keys and values: the interpreter, the engine's library, its compiled graph."""
 WORKING_TORCH = 500 * 2**20
 """The same with torch and transformers: 430 to 460 MiB."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from headrace.engine.batch_parts import check_indices, part
 from headrace.engine.candidates import lower_first
 from headrace.engine.kv_budget import block_count, resident_memory
+from headrace.engine.mapped_file import let_go
 from headrace.engine.paged_graph import CACHES, CANDIDATES_INPUT, ROWS_INPUT, STEP_INPUTS, page
 from headrace.engine.populate import Populate
 from headrace.errors import ModelError, RequestFailed
@@ -158,6 +159,8 @@ class OpenVinoRunner:
 
     def warmed_up(self) -> None:
         """`ports.HearsOfWarmUp`."""
+        # By now the graph has copies of its own, in the order that its kernels want.
+        let_go(self._folder / "openvino_model.bin")
         if self._populate is not None:
             self._populate.start()
 
