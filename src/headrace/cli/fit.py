@@ -9,11 +9,8 @@ from pathlib import Path
 from headrace.config import Config
 from headrace.engine.processor import features, kv_element_bytes
 from headrace.errors import ModelError
-from headrace.fleet import QUANTIZED
+from headrace.fleet import QUANTIZED, WORKING
 from headrace.models.openvino_folder import kv_elements
-
-_WORKING = 340 * 2**20
-"""Bytes of a worker beside weights and keys: the interpreter, OpenVINO, its compiled graph (SmolLM2-135M: 290 MiB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class Fit:
     @property
     def least(self) -> int:
         """Without keys and values."""
-        return self.weights + _WORKING if self.weights else 0
+        return self.weights + WORKING if self.weights else 0
 
     @property
     def needed(self) -> int:

@@ -6,11 +6,10 @@ What is read again comes back from the system's cache.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
 
-_MADV_DONTNEED = 4
+from headrace.engine.madvise import DONTNEED, adviser
 
 
 def let_go(path: Path) -> int:
@@ -18,8 +17,7 @@ def let_go(path: Path) -> int:
     Linux."""
     if sys.platform != "linux":
         return 0
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    advise = adviser()
     name = str(path.resolve())
     dropped = 0
     try:
@@ -31,6 +29,6 @@ def let_go(path: Path) -> int:
         parts = line.split(maxsplit=5)
         if len(parts) == 6 and parts[5] == name and "w" not in parts[1]:
             start, end = (int(number, 16) for number in parts[0].split("-"))
-            if madvise(start, end - start, _MADV_DONTNEED) == 0:
+            if advise(start, end - start, DONTNEED) == 0:
                 dropped += end - start
     return dropped

@@ -10,18 +10,18 @@ It is no help to the very first step, which changes the address space many times
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
 import threading
 from collections.abc import Sequence
 
+from headrace.engine.madvise import POPULATE_WRITE, adviser
+
 AHEAD = 512 << 20
 """Bytes kept ready beyond the highest block that was used: the rest of a large budget takes no memory before it is needed."""
 _PIECE = 2 << 20
 """Bytes asked for at once. Other threads' changes to the address space wait for it."""
-_MADV_POPULATE_WRITE = 23
 
 
 class Populate:
@@ -68,8 +68,7 @@ class Populate:
 
     def _work(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        advise = adviser()
         page = os.sysconf("SC_PAGE_SIZE")
         while not self._ended:
             self._wake.wait()
@@ -81,7 +80,6 @@ class Populate:
                 for begin in range(start, end, _PIECE):
                     if self._ended:
                         return
-                    # The interpreter is free meanwhile.
-                    if madvise(begin, min(_PIECE, end - begin), _MADV_POPULATE_WRITE) and ctypes.get_errno() != errno.EAGAIN:
+                    if advise(begin, min(_PIECE, end - begin), POPULATE_WRITE) not in (0, errno.EAGAIN):
                         return  # an older kernel, or no memory left: then the first write finds out
             self._done = wanted
