@@ -47,6 +47,7 @@ FLOORS: dict[str, int] = {
     "words_later": 2,
     "stalls": 2,
     "low_priority": 2,
+    "huge_pages": 2,
     "circuits": 2,
     "lineup": 2,
     "address": 2,

@@ -22,7 +22,7 @@ import structlog
 import uvicorn
 import uvloop
 
-from headrace import logs
+from headrace import huge_pages, logs
 from headrace.claims import Ask, Claim, Reply
 from headrace.config import Config, ModelEntry
 from headrace.control import (
@@ -117,6 +117,9 @@ OPEN_CACHE = 1.0
 """Seconds that a start waits for the cache's second level."""
 REQUESTS_TOLD = 1.0
 """Seconds between reports of requests to the supervisor, which is for alerts."""
+SETTLED = 3.0
+"""Seconds after its start when an API process puts its heap into huge pages: what the first requests make is there by then, and the engine
+has begun, which is in more of a hurry."""
 CERTIFICATE_INTERVAL = 1.0
 """Seconds between looks at the certificate's files."""
 
@@ -512,6 +515,7 @@ async def _run(beginning: Beginning) -> None:
     # Requests leave no cycles behind: looking for them every 700 objects costs 4 % of a cached answer.
     gc.set_threshold(20_000, 20, 20)
     link.connection.send(Alive("ready"))
+    server.background.append(asyncio.create_task(_settle(), name="huge pages"))
     await serving
     traced = None if tracing is None else asyncio.create_task(tracing.close(TRACES_TIMEOUT))
     if books is not None:
@@ -538,6 +542,11 @@ async def _tell_of_requests(link: SupervisorLink, tally: RequestTally, rules: Al
         counts = tally.taken()
         if counts:
             link.connection.send(RequestsEnded(counts))
+
+
+async def _settle() -> None:
+    await asyncio.sleep(SETTLED)
+    await asyncio.to_thread(huge_pages.gather)
 
 
 async def _watch_certificate(tls: ServerTls) -> None:

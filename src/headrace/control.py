@@ -55,6 +55,8 @@ class Setup(msgspec.Struct, frozen=True, tag=1):
     """For a worker: the file by which the supervisor sees that it gets on (`engine.pulse`)."""
     standing_by: bool = False
     """For a worker: load, and accept nobody before `Promote`."""
+    in_hurry: bool = False
+    """For a worker that stands by: it will be needed soon, so it doesn't give way to the one that serves."""
     beside_standby: bool = False
     """For a worker: memory is needed for a second one like it."""
     served: list[ServedHere] = []

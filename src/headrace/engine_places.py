@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from headrace.errors import ConfigError
 from headrace.stalls import LOOKS, StallWatch, WatchedTime, is_stopped, waited_for_processor
 from headrace.types import DeathCause, EngineState, EngineStats, EngineStatus, ModelFiles
 
+STORM = 60.0
+"""Seconds from a death of the worker that serves in which another one makes it likely that more follow."""
 BROUGHT_BACK = 1.0
 """Seconds without work after which an engine that is ready counts as brought back."""
 
@@ -79,6 +81,8 @@ class EnginePlace:
         self._blocks = 0
         """KV blocks of the worker that serves."""
         self._time = WatchedTime()
+        self._died_at: deque[float] = deque(maxlen=2)
+        """When workers that served did, of late."""
         self._failing_since: float | None = None
         """When the worker died since which none has done anything useful."""
         self._gave_up = ""
@@ -184,6 +188,7 @@ class EnginePlace:
             self._setup(),
             pulse="" if pulse is None else str(pulse),
             standing_by=worker.standing_by,
+            in_hurry=len(self._died_at) > 1 and self.now - self._died_at[0] <= STORM,
             beside_standby=bool(self.others) and not worker.standing_by,
             kv_blocks=self._blocks if worker.standing_by else 0,
         )
@@ -212,6 +217,7 @@ class EnginePlace:
             worker.deaths_standing_by += 1
             return
         self.deaths[worker.cause] += 1
+        self._died_at.append(self.now)
         if worker.useful:
             self._failing_since, self._gave_up = None, ""
         if self._failing_since is None:

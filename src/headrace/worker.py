@@ -214,7 +214,7 @@ async def _run(beginning: Beginning) -> None:
     stopping, promoted = asyncio.Event(), asyncio.Event()
     setup = beginning.setup
     # The other worker serves meanwhile.
-    hurry = give_way() if setup.standing_by else promoted.set
+    hurry = give_way() if setup.standing_by and not setup.in_hurry else lambda: None
 
     def told(message: ToChild) -> None:
         if isinstance(message, Stop):
@@ -260,6 +260,8 @@ async def _run(beginning: Beginning) -> None:
     gc.collect()
     gc.freeze()
     hurry()
+    if not setup.standing_by:
+        promoted.set()
     server.ready(card)
     await _report(engine, server, control, stopping, accepting)
     if isinstance(engine, CanBreak) and engine.failed.is_set():

@@ -93,9 +93,10 @@ def line(*, closing: bool = False) -> tuple[Line, Any]:
     cycle = SimpleNamespace(
         disconnected=False,
         flow=SimpleNamespace(resume_reading=lambda: None, write_paused=False),
-        transport=SimpleNamespace(is_closing=lambda: closing, write=lambda piece: None),
+        transport=SimpleNamespace(is_closing=lambda: closing),
     )
-    return Line(cast(Any, SimpleNamespace(line=None)), cast(Any, cycle)), cycle
+    transport = SimpleNamespace(write=lambda piece: None)
+    return Line(cast(Any, SimpleNamespace(line=None, transport=transport)), cast(Any, cycle)), cycle
 
 
 @pytest.mark.parametrize("before", [True, False])

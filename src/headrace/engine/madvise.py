@@ -6,7 +6,7 @@ import ctypes
 import errno
 from collections.abc import Callable
 
-DONTNEED, POPULATE_WRITE = 4, 23
+DONTNEED, POPULATE_WRITE, COLLAPSE = 4, 23, 25
 """Linux's numbers."""
 
 

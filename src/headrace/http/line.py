@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -10,6 +12,10 @@ from headrace.http.upgrade_offers import IgnoresOffers
 
 LINE = "headrace.line"
 """Where a request's scope has it."""
+
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""An answer before the answer, of a client that waits for it before it sends its body."""
 
 
 class LinedConnection(IgnoresOffers):
@@ -24,6 +30,8 @@ class LinedConnection(IgnoresOffers):
         if self.cycle is not before:
             # The request's task was made, and hasn't begun.
             self.cycle.scope[LINE] = Line(self, self.cycle)  # type: ignore[literal-required]
+            if self.cycle.scope["method"] != "HEAD":  # there, nothing follows the head
+                self.cycle.transport = cast(asyncio.Transport, HeadWithBody(self.transport))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -41,6 +49,38 @@ class LinedConnection(IgnoresOffers):
             self.line.open = True
 
 
+class HeadWithBody:
+    """What uvicorn knows of the transport while it writes one answer: the head is kept until the first of the body comes, and both are
+    sent as one. A client that gets them in two segments is woken twice, and each write is a system call.
+    """
+
+    __slots__ = ("_head", "_kept", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self._kept = False
+
+    def write(self, data: bytes) -> None:
+        if self._kept:
+            if self._head:
+                data, self._head = self._head + data, b""
+            self._transport.write(data)
+        elif data == _CONTINUE:
+            self._transport.write(data)
+        else:
+            self._head, self._kept = data, True
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
 class Line:
     """A request's hold on its connection."""
 
@@ -50,7 +90,7 @@ class Line:
         self._connection = connection
         self._cycle = cycle
         self._told: Callable[[], None] | None = None
-        self._write: Callable[[bytes], None] = cycle.transport.write
+        self._write: Callable[[bytes], None] = connection.transport.write
         self.open = False
         """While it is watched: nothing that was written waits for the client to read."""
 
