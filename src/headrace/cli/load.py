@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from headrace.cli.load_client import Address, Api, Connection, LoadFailed, Sample, ask, count_prompts, first_model, reach
+from headrace.cli.open_loop import OpenLoop
 
 __all__ = ["Api", "LoadFailed", "LoadResult", "Sample", "make_prompts", "percentile", "run_load", "run_quickly"]
 
@@ -141,7 +142,7 @@ async def run_load(
 
     `prompts` replaces the generated ones (used in a cycle), `extra` is added to every body. `ignore_eos` makes servers that
     know it generate exactly `max_tokens`. Unless `cached`, no answer of a cache is wanted. `timeout` is seconds for one request.
-    With `arrivals`, seconds from the start in order, the loop is open: a request for each, then, whether or not others are done.
+    With `arrivals`, seconds from the start in order, the loop is open (`cli/open_loop.py`).
     Raises `LoadFailed` where the server is away before the first request; what fails later is counted by kind in the result.
     """
     if arrivals is not None:
@@ -176,41 +177,30 @@ async def run_load(
     samples: list[Sample] = []
     turn = iter(range(requests))
 
+    def note(sample: Sample) -> None:
+        samples.append(sample)
+        if on_done is not None:
+            on_done(sample)
+
     async def user() -> None:
         connection: Connection | None = None
         try:
             for number in turn:
                 prompt = counted.get(texts[number % len(texts)])
                 sample, connection = await ask(address, connection, number, bodies[number], timeout, prompt)
-                samples.append(sample)
-                if on_done is not None:
-                    on_done(sample)
+                note(sample)
         finally:
             if connection is not None:
                 connection.close()
 
-    idle: list[Connection] = []
-
-    async def visitor(number: int) -> None:
-        connection = idle.pop() if idle else None
-        sample, connection = await ask(address, connection, number, bodies[number], timeout, counted.get(texts[number % len(texts)]))
-        samples.append(sample)
-        if connection is not None:
-            idle.append(connection)
-        if on_done is not None:
-            on_done(sample)
-
     started = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        if arrivals is None:
+    if arrivals is None:
+        async with asyncio.TaskGroup() as group:
             for _ in range(min(users, requests)):
                 group.create_task(user())
-        else:
-            for number, at in enumerate(arrivals):
-                await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-                group.create_task(visitor(number))
-    for connection in idle:
-        connection.close()
+    else:
+        prompt_counts = [counted.get(texts[number % len(texts)]) for number in range(requests)]
+        await OpenLoop(address, bodies, arrivals, timeout=timeout, prompts=prompt_counts, on_done=note).run()
     total = time.perf_counter() - started
     samples.sort(key=lambda sample: sample.number)
     return LoadResult(url=url, model=model, users=users, total_time=total, samples=samples)

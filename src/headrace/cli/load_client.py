@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from urllib.parse import SplitResult, urlsplit
@@ -91,15 +92,15 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_done = msgspec.json.Decoder(_Done).decode
 
 
-class _Failure(Exception):
+class Failure(Exception):
     """A request failed; the message is the kind it is counted under."""
 
 
-class _Lost(_Failure):
+class Lost(Failure):
     """The connection ended before a byte of the answer came."""
 
 
-class _Answer:
+class Answer:
     """What is known of an answer while it streams in."""
 
     __slots__ = ("body", "chunks", "done", "failure", "finish", "first", "last", "native", "prompt_tokens", "reader", "tokens")
@@ -162,21 +163,35 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._answer: _Answer | None = None
-        self._waiter: asyncio.Future[int] | None = None
+        self._answer: Answer | None = None
+        self._told: Callable[[int | Failure], None] | None = None
         self._started = False
         self._until_close = True
         self._streams = False
         self._now = 0.0
         self.usable = True
 
-    async def ask(self, request: bytes, answer: _Answer) -> int:
-        """Send, and feed `answer` until the response is complete. Returns the status. Raises `_Failure`."""
+    def begin(self, request: bytes, answer: Answer, told: Callable[[int | Failure], None]) -> None:
+        """Send, and feed `answer` until the response is complete; then `told` is called with the status, or why there is none."""
         assert self._transport is not None
         self._answer, self._started, self._until_close, self._streams = answer, False, True, False
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._told = told
         self._transport.write(request)
-        return await self._waiter
+
+    async def ask(self, request: bytes, answer: Answer) -> int:
+        """As `begin`, and wait. Returns the status. Raises `Failure`."""
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def told(outcome: int | Failure) -> None:
+            if waiter.done():
+                return
+            if isinstance(outcome, Failure):
+                waiter.set_exception(outcome)
+            else:
+                waiter.set_result(outcome)
+
+        self.begin(request, answer, told)
+        return await waiter
 
     def close(self) -> None:
         self.usable = False
@@ -195,17 +210,17 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             inner = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-            self._end(inner if isinstance(inner, _Failure) else _Failure("not HTTP/1.1 or not the protocol expected"))
+            self._end(inner if isinstance(inner, Failure) else Failure("not HTTP/1.1 or not the protocol expected"))
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.usable = False
         if not self._started:
-            self._end(_Lost("connection closed without an answer"))
+            self._end(Lost("connection closed without an answer"))
         elif self._until_close and exc is None and self._parser.get_status_code():
             self._finish()
         else:
-            self._end(_Failure("connection lost"))
+            self._end(Failure("connection lost"))
 
     # httptools' calls
 
@@ -223,7 +238,7 @@ class Connection(asyncio.Protocol):
             try:
                 self._answer.feed(body, self._now)
             except msgspec.DecodeError as error:
-                raise _Failure("an event is not the JSON expected") from error
+                raise Failure("an event is not the JSON expected") from error
         else:
             self._answer.body += body
 
@@ -232,12 +247,12 @@ class Connection(asyncio.Protocol):
         self._finish()
 
     def _finish(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(self._parser.get_status_code())
+        self._end(self._parser.get_status_code())
 
-    def _end(self, failure: _Failure) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(failure)
+    def _end(self, outcome: int | Failure) -> None:
+        told, self._told = self._told, None
+        if told is not None:
+            told(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,40 +307,58 @@ async def ask(
 ) -> tuple[Sample, Connection | None]:
     """One request over a kept connection, or over a new one where there is none or the server had closed it."""
     started = time.perf_counter()
-    answer = _Answer(address.native, prompt)
-    error: str | None = None
+    answer = Answer(address.native, prompt)
     try:
         async with asyncio.timeout(timeout):
             kept = connection is not None and connection.usable
             if connection is None or not connection.usable:
                 connection = await address.connect()
             try:
-                status = await connection.ask(request, answer)
-            except _Lost:
+                error = wrong(await connection.ask(request, answer), answer)
+            except Lost:
                 if not kept:
                     raise
                 connection = await address.connect()
-                status = await connection.ask(request, answer)
-        if status != 200:
-            error = f"http {status} {_error_code(answer.body)}".strip()
-        elif answer.failure is not None:
-            error = answer.failure
-        elif not answer.done and answer.finish is None:
-            error = "stream ended early"
+                error = wrong(await connection.ask(request, answer), answer)
     except TimeoutError:
-        error = "timeout"
-    except _Failure as failure:
+        error = TIMEOUT
+    except Failure as failure:
         error = str(failure)
     except OSError as failure:
-        error = f"connect: {failure.strerror or type(failure).__name__}"
-    ended = time.perf_counter()
-    if error is not None and connection is not None and not error.startswith("http "):
+        error = unreachable(failure)
+    if connection is not None and not goes_on(error):
         connection.close()
         connection = None
-    sample = Sample(
+    return sample(number, started, answer, error), connection
+
+
+TIMEOUT = "timeout"
+
+
+def wrong(status: int, answer: Answer) -> str | None:
+    """The kind of failure that a complete response is, if it is one."""
+    if status != 200:
+        return f"http {status} {_error_code(answer.body)}".strip()
+    if answer.failure is not None:
+        return answer.failure
+    return None if answer.done or answer.finish is not None else "stream ended early"
+
+
+def unreachable(failure: OSError) -> str:
+    return f"connect: {failure.strerror or type(failure).__name__}"
+
+
+def goes_on(error: str | None) -> bool:
+    """Whether the connection is of use after a request that ended so."""
+    return error is None or error.startswith("http ")
+
+
+def sample(number: int, started: float, answer: Answer, error: str | None) -> Sample:
+    """A request that has just ended."""
+    return Sample(
         number=number,
         started=started,
-        ended=ended,
+        ended=time.perf_counter(),
         first=answer.first,
         last=answer.last,
         tokens=answer.tokens or answer.chunks,
@@ -333,7 +366,6 @@ async def ask(
         finish=answer.finish,
         error=error,
     )
-    return sample, connection
 
 
 async def reach(address: Address) -> None:
@@ -345,7 +377,7 @@ async def reach(address: Address) -> None:
 
 async def first_model(address: Address, key: str | None, timeout: float) -> str:
     path = address.base + "/v1/models"
-    answer = _Answer(native=False)
+    answer = Answer(native=False)
     try:
         async with asyncio.timeout(min(timeout, 30)):
             connection = await address.connect()
@@ -357,7 +389,7 @@ async def first_model(address: Address, key: str | None, timeout: float) -> str:
         raise LoadFailed(f"{path} at {address.host}:{address.port} did not answer in time.") from error
     except OSError as error:
         raise LoadFailed(f"No server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
-    except _Failure as error:
+    except Failure as error:
         raise LoadFailed(f"{path} at {address.host}:{address.port}: {error}.") from error
     if status != 200:
         raise LoadFailed(f"{path} at {address.host}:{address.port} answered {status} {_error_code(answer.body)}; name a model or a key.")
@@ -375,7 +407,7 @@ async def count_prompts(address: Address, texts: list[str], model: str | None, k
     try:
         for text in texts:
             asked = {"messages": [{"role": "user", "content": text}]} | ({"model": model} if model else {})
-            answer = _Answer(native=False)
+            answer = Answer(native=False)
             async with asyncio.timeout(timeout):
                 if connection is None or not connection.usable:
                     connection = await address.connect()
@@ -383,7 +415,7 @@ async def count_prompts(address: Address, texts: list[str], model: str | None, k
             if status != 200:
                 return {}
             counts[text] = msgspec.json.decode(answer.body, type=_Counted).count
-    except (OSError, TimeoutError, _Failure, msgspec.MsgspecError):
+    except (OSError, TimeoutError, Failure, msgspec.MsgspecError):
         return {}
     finally:
         if connection is not None:
