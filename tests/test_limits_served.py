@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,32 @@ def test_what_a_killed_process_held_comes_back_and_its_budget_is_the_ledgers(run
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not any(alive(pid) for pid in victims))
+
+    assert eventually(lambda: agrees_with_the_ledger(running, headers, budget))
+
+
+def test_what_was_admitted_and_had_no_bill_yet_when_its_process_was_killed_costs_nothing(running: RunningServer) -> None:
+    budget = 100_000
+    headers = make_key(running, concurrency=1, budget_tokens=budget, scopes=READER)
+    assert ask(running, headers).status_code == 200
+
+    def status(_: int) -> int:
+        with suppress(httpx.TransportError):
+            return ask(running, headers, "x" * 300).status_code
+        return 0
+
+    database = Path(running.environment["HEADRACE_DATA_DIR"]) / "headrace.db"
+    with ThreadPoolExecutor(4) as pool, closing(sqlite3.connect(database, timeout=10, isolation_level=None)) as other:
+        # Nobody can open a bill: the one that is admitted waits for it.
+        other.execute("BEGIN IMMEDIATE")
+        asked = [pool.submit(status, number) for number in range(4)]
+        eventually(lambda: sum(each.done() for each in asked) == 3)
+        victims = [line["pid"] for line in running.ps()["api"]]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not any(alive(pid) for pid in victims))
+        assert sorted(each.result() for each in asked) == [0, 429, 429, 429]
+        other.execute("ROLLBACK")
 
     assert eventually(lambda: agrees_with_the_ledger(running, headers, budget))
 

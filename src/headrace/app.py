@@ -428,9 +428,9 @@ async def _run(beginning: Beginning) -> None:
         for files, path, here in zip(setup.models, setup.sockets, several, strict=True):
             models[files.name] = _serve_model(files, path, link, books, config, here)
         place, journals = SupervisorsLimits(link), journal_folder(config.store)
-        owed = None if books is None else Path(books.path).with_name(OWED)
+        owner, owed = ("", None) if books is None else (books.writer, Path(books.path).with_name(OWED))
         limits = open_limits(
-            config.limits.limits_url, place, ledger=ledger, processes=config.server.max_workers, journals=journals, owed=owed
+            config.limits.limits_url, place, ledger=ledger, processes=config.server.max_workers, journals=journals, owed=owed, owner=owner
         )
         tls = ServerTls(config.tls) if config.tls.tls_cert is not None else None
     except HeadraceError as error:

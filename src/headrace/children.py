@@ -90,6 +90,11 @@ class Child:
         return process.pid if process is not None and process.returncode is None else 0
 
     @property
+    def speaker(self) -> int:
+        """Id of the process whose messages are heard: it may be dead by then."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
     def status(self) -> EngineStatus:
         return EngineStatus(state=self.state, reason=self.reason, restarts=self.restarts, pid=self.pid)
 

@@ -74,6 +74,8 @@ class Take(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """0: a further lease of a request that was admitted elsewhere; only tokens are taken."""
     seeds: tuple[int | None, ...] = ()
     """For each claim what the ledger says was spent in this period; used where the budget isn't known."""
+    owner: str = ""
+    """The name under which the asking process writes its bills (`Gone`)."""
 
 
 class Extend(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -102,6 +104,11 @@ class Settle(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """Of the place, when it was asked for the lease; it begins another life when it has lost what it knew. "": not known."""
     ended: float = 0.0
     """When the request was over, Unix time."""
+    guessed: bool = False
+    """It is the most that it can have been; a `Charge` under the id and `CORRECTED` follows where it was another number."""
+
+
+CORRECTED = ":corrected"
 
 
 class Charge(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -122,7 +129,14 @@ class Renew(msgspec.Struct, frozen=True, array_like=True, tag=5):
     ids: tuple[str, ...]
 
 
-Ask = Take | Extend | Settle | Charge | Renew
+class Gone(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """That process is dead, and what all of its bills say was told: a request whose lease is still there had no bill yet, so no engine was
+    asked for it. Its leases are settled with nothing, and what it may have asked before its death and comes only now takes none."""
+
+    owner: str
+
+
+Ask = Take | Extend | Settle | Charge | Renew | Gone
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -27,7 +27,7 @@ from headrace.alerts import Alerts
 from headrace.api_processes import ApiProcesses
 from headrace.children import Child, listing, memory_mib
 from headrace.circuits import CircuitTable
-from headrace.claims import Ask
+from headrace.claims import Ask, Gone
 from headrace.config import Config
 from headrace.control import (
     AskLimits,
@@ -222,6 +222,7 @@ class Supervisor:
             self._recovery = Recovery(SqlLedger(self._database), journal_folder(config.store), Prices(config.ledger))
             self._recovery.told = self._bills_recovered
             self._recovery.owed = self._limits_recovered
+            self._recovery.over = lambda writer: self._limits_recovered([Gone(writer)])
         self._owed = OwedByTheDead(owed_folder(config.store))
         self._log = structlog.get_logger("headrace.supervisor")
 
@@ -400,7 +401,8 @@ class Supervisor:
 
     def _hear(self, child: Child, message: ToSupervisor) -> None:
         if isinstance(message, AskLimits):
-            pid = child.pid
+            # Also of one that died meanwhile: what it leases now lapses once all of it is read.
+            pid = child.speaker
             child.tell(LimitsAnswer(message.number, [self._limits.answer(ask, pid) for ask in message.asks]))
         elif isinstance(message, TurnMoves):
             if pid := child.pid:  # else it is what a dead one has left in the socket

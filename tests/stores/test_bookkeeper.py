@@ -335,6 +335,8 @@ async def test_recovery_settles_what_a_dead_process_left_and_only_then(ledger: L
     recovery = Recovery(ledger, tmp_path, lambda row: row.completion_tokens)
     told: list[UsageRow] = []
     recovery.told = told.extend
+    over: list[tuple[str, int]] = []
+    recovery.over = lambda writer: over.append((writer, len(told)))
     folder = tmp_path / books.writer
     assert not await recovery.settle(folder), "it lives"
     books._slots.close()
@@ -343,8 +345,10 @@ async def test_recovery_settles_what_a_dead_process_left_and_only_then(ledger: L
     shared.close()
     with pytest.raises(StoreUnavailable):
         await recovery.settle(folder)
+    assert over == []
     ledger.away = False
     assert await recovery.settle(folder)
+    assert over == [(books.writer, 3)], "after all of its bills"
     rows = ledger.rows
     assert {
         name: (found.prompt_tokens, found.cached_tokens, found.completion_tokens, found.price, found.status) for name, found in rows.items()

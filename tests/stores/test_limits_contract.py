@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.claims import Ask, Charge, Claim, Extend, Extended, Refused, Renew, Reply, Settle, Settled, Take, Taken, Unseeded
+from headrace.claims import (
+    CORRECTED,
+    RECOVERED,
+    Ask,
+    Charge,
+    Claim,
+    Extend,
+    Extended,
+    Gone,
+    Refused,
+    Renew,
+    Reply,
+    Room,
+    Settle,
+    Settled,
+    Take,
+    Taken,
+    Unseeded,
+)
 from headrace.stores.limit_table import LimitTable
 from headrace.stores.limits_redis import RedisLimits
 from headrace.stores.shared_limits import LimitPlace, SharedLimits
@@ -388,6 +407,76 @@ async def test_a_lease_that_nobody_renews_gives_back_its_place_and_stays_on_the_
     assert refused.rooms[0].spent == 12
 
 
+async def test_what_a_dead_process_began_without_a_bill_costs_nothing(place: LimitPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import headrace.stores.limit_table as table
+    import headrace.stores.limits_redis as redis
+
+    claim = Claim(unique(), tokens=1000, concurrency=5, budget=500, period="total", window=LONG)
+    dead, living = unique("writer"), unique("writer")
+
+    def take(owner: str, id: str = "") -> Take:
+        return Take(id or unique(), (claim,), 10, 20, 1, 1, (0,), owner)
+
+    async def room() -> Room:
+        taken = await one(place, Take(unique(), (claim,), 0, 0, 0, 0))
+        assert isinstance(taken, Taken)
+        return taken.rooms[0]
+
+    with monkeypatch.context() as soon:
+        soon.setattr(table, "LEASE_SECONDS", 0.05)
+        soon.setattr(redis, "LEASE_SECONDS", 0.05)
+        await one(place, take(dead))
+        while (await room()).running:
+            await asyncio.sleep(0.01)
+    assert (await room()).spent == 30
+    billed = unique()
+    for ask in (take(dead), take(dead, billed), take(living)):
+        assert isinstance(await one(place, ask), Taken)
+    await one(place, Settle(billed, 12, (claim,), RECOVERED, time.time() + 1))
+    for _ in range(2):
+        await one(place, Gone(dead))
+        # What it sent before its death may be read later.
+        assert isinstance(await one(place, take(dead)), Settled)
+        left = await room()
+        assert (left.spent, left.held, left.running) == (12, 30, 1)
+        assert left.tokens == pytest.approx(1000 - 12 - 30)
+
+
+async def test_leases_bear_the_name_of_their_process(place: LimitPlace) -> None:
+    claim = Claim(unique(), budget=500, period="total")
+    writer = unique("writer")
+
+    async def spent(claim: Claim, since: float) -> int:
+        return 100
+
+    shared = SharedLimits(place, spent=spent, owner=writer)
+    assert isinstance(await shared.take(Take(unique(), (claim,), 10, 20, 1)), Taken)
+    await one(place, Gone(writer))
+    taken = await one(place, Take(unique(), (claim,), 0, 0, 0, 0))
+    assert isinstance(taken, Taken)
+    assert (taken.rooms[0].spent, taken.rooms[0].held) == (100, 0)
+    await shared.close()
+
+
+async def test_what_recovery_says_corrects_a_guess(place: LimitPlace) -> None:
+    claim = Claim(unique(), budget=500, period="total")
+    shared = SharedLimits(place)
+    guessed, corrected = unique(), unique()
+    for id in (guessed, corrected):
+        await shared.take(Take(id, (claim,), 10, 20, 1))
+        await shared.settle(id, 15, guessed=True)
+    shared.correct(corrected, 12)
+    # Behind it.
+    assert isinstance(await shared.take(Take(unique(), (claim,), 0, 0, 0, 0)), Taken)
+    for _ in range(2):
+        for id in (guessed, corrected):
+            await place.exchange([Settle(id, 12, (claim,), RECOVERED, time.time() + 1)])
+    taken = await shared.take(Take(unique(), (claim,), 0, 0, 0))
+    assert isinstance(taken, Taken)
+    assert taken.rooms[0].spent == 24
+    await shared.close()
+
+
 async def test_a_cancelled_take_holds_nothing(place: LimitPlace) -> None:
     claim = Claim(unique(), concurrency=1)
     shared = SharedLimits(place)
@@ -445,6 +534,21 @@ def test_addresses_that_come_once_are_forgotten(monkeypatch: pytest.MonkeyPatch)
         table.answer(Take(f"r{number}", (Claim(f"address:{number}", requests=10),), 0, 0, 0))
         table.answer(Settle(f"r{number}", 0))
     assert len(table._subjects) <= 120
+
+
+def test_what_a_dead_process_said_and_is_read_after_its_recovery_changes_nothing() -> None:
+    table = LimitTable()
+    claim = Claim("key:a", budget=500, period="total")
+    for id in ("unread", "settled"):
+        table.answer(Take(id, (claim,), 10, 20, 1, 1, (0,)), 100)
+    table.answer(Settle("settled", 15, (claim,), guessed=True), 100)
+    for id in ("unread", "settled"):
+        table.answer(Settle(id, 12, (claim,), RECOVERED))
+        table.answer(Settle(id, 15, (claim,), guessed=True), 100)
+        table.answer(Charge(id + CORRECTED, (claim,), 0, -3), 100)
+    taken = table.answer(Take("", (claim,), 0, 0, 0))
+    assert isinstance(taken, Taken)
+    assert taken.rooms[0].spent == 24
 
 
 def test_the_supervisor_gives_back_what_a_dead_process_held() -> None:

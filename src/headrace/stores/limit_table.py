@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from headrace.claims import (
+    CORRECTED,
     LAPSED_SECONDS,
     LEASE_SECONDS,
+    RECENT,
+    RECOVERED,
     Ask,
     Charge,
     Claim,
     Dimension,
     Extend,
     Extended,
+    Gone,
     Refused,
     Renew,
     Reply,
@@ -34,6 +38,8 @@ from headrace.claims import (
 
 SWEEP_AT = 10_000
 """Subjects, leases or notes of charges in memory before those that say nothing any more are looked for."""
+MOST_GUESSES = 10_000
+"""Settled with a guess that may still be corrected by who recovers a dead process's bills; far fewer are open at a time."""
 
 
 @dataclass(slots=True)
@@ -78,8 +84,19 @@ class Lease:
     expires: float
     counted: bool
     """It counts as a running request."""
+    writer: str = ""
+    """Of its request's bill."""
     lapsed: tuple[float | None, ...] | None = None
     """After it has lapsed: the period in which each subject was charged for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What a request was settled with before anybody knew what it was."""
+
+    used: int
+    subjects: tuple[Subject, ...]
+    periods: tuple[float | None, ...]
 
 
 class LimitTable:
@@ -92,6 +109,8 @@ class LimitTable:
         self._leases: dict[str, Lease] = {}
         self._lapsed: dict[str, Lease] = {}
         self._charged: dict[str, float] = {}
+        self._gone: dict[str, float] = {}
+        self._guesses: dict[str, Guess] = {}
         self._sweep_at = SWEEP_AT
         self._lapse_at = 0.0
 
@@ -107,11 +126,13 @@ class LimitTable:
         if isinstance(ask, Take):
             return self._take(ask, owner, now)
         if isinstance(ask, Settle):
-            return self._settle(ask.id, ask.used, now)
+            return self._settle_told(ask, now)
         if isinstance(ask, Extend):
             return self._extend(ask, now)
         if isinstance(ask, Charge):
             return self._charge(ask, now)
+        if isinstance(ask, Gone):
+            return self._end_all(ask.owner, now)
         return self._renew(ask, now)
 
     def lapse(self, owner: object) -> None:
@@ -133,6 +154,8 @@ class LimitTable:
         before = self._leases.get(ask.id)
         if before is not None:
             return Taken(before.output, before.output, self._rooms(before.claims, before.subjects))
+        if ask.owner in self._gone:
+            return Settled()
         subjects = tuple(self._subject(claim.subject) for claim in ask.claims)
         unknown = self._seed(ask, subjects)
         if unknown is not None:
@@ -164,7 +187,7 @@ class LimitTable:
             _, which, dimension, wait, passing = max(refusals, key=lambda one: (not one[4], one[0]))
             return Refused(which, dimension, wait, passing, self._rooms(ask.claims, subjects))
         granted = max(granted, 0)
-        lease = Lease(owner, ask.claims, subjects, ask.prompt, granted, now + LEASE_SECONDS, ask.requests > 0)
+        lease = Lease(owner, ask.claims, subjects, ask.prompt, granted, now + LEASE_SECONDS, ask.requests > 0, ask.owner)
         self._leases[ask.id] = lease
         for subject in subjects:
             if subject.requests is not None:
@@ -221,6 +244,23 @@ class LimitTable:
             subject.loose += granted
         return Extended(granted, passing and granted < ask.tokens)
 
+    def _settle_told(self, ask: Settle, now: float) -> Settled:
+        lease = self._leases.get(ask.id)
+        if ask.life in (RECOVERED, RECENT):
+            guess = self._guesses.pop(ask.id, None)
+            if guess is not None:
+                for period, subject in zip(guess.periods, guess.subjects, strict=True):
+                    if period == subject.period:
+                        subject.spent += ask.used - guess.used
+            if guess is not None or lease is not None:
+                # It is final: what the dead process said of it is of no account, should it come only now.
+                self._charged[ask.id + CORRECTED] = now + LAPSED_SECONDS
+        elif ask.guessed and lease is not None:
+            self._guesses[ask.id] = Guess(ask.used, lease.subjects, tuple(subject.period for subject in lease.subjects))
+            if len(self._guesses) > MOST_GUESSES:
+                del self._guesses[next(iter(self._guesses))]
+        return self._settle(ask.id, ask.used, now)
+
     def _settle(self, id: str, used: int, now: float) -> Settled:
         lease = self._leases.pop(id, None)
         if lease is None:
@@ -241,6 +281,7 @@ class LimitTable:
         if ask.id in self._charged:
             return Settled()
         self._charged[ask.id] = now + LAPSED_SECONDS
+        self._guesses.pop(ask.id.removesuffix(CORRECTED), None)
         if ask.id in self:
             if not ask.requests:
                 self._uncount(ask.claims, now)
@@ -270,6 +311,14 @@ class LimitTable:
                 lease.expires = now + LEASE_SECONDS
         return Settled()
 
+    def _end_all(self, writer: str, now: float) -> Settled:
+        """Of a process that is gone, and whose bills are all known: what it leased for requests without one was never used."""
+        self._gone[writer] = now + LAPSED_SECONDS
+        for leases in (self._leases, self._lapsed):
+            for id in [id for id, lease in leases.items() if lease.writer == writer]:
+                self._settle(id, 0, now)
+        return Settled()
+
     def _lapse(self, ids: Iterable[str], now: float) -> None:
         """Give back the rates and the places of requests whose process is gone. Their budgets stay charged with all that was leased until
         somebody settles them: nothing may run past a budget."""
@@ -280,9 +329,10 @@ class LimitTable:
             lease.lapsed = tuple(subject.period for subject in lease.subjects)
             lease.expires = now + LAPSED_SECONDS
             self._lapsed[id] = lease
-        if self._lapsed or self._charged:
+        if self._lapsed or self._charged or self._gone:
             self._lapsed = {id: lease for id, lease in self._lapsed.items() if lease.expires > now}
             self._charged = {id: until for id, until in self._charged.items() if until > now}
+            self._gone = {writer: until for writer, until in self._gone.items() if until > now}
 
     def _subject(self, name: str) -> Subject:
         subject = self._subjects.get(name)

@@ -8,7 +8,9 @@
 --   PREFIX:s:SUBJECT  hash   rl, rt, rs requests' level, time, size; tl, tt, ts tokens' likewise; h held; o loose; p period; u spent;
 --                            b when u was read from the ledger; f, ft spent under leases that were forgotten, and when it was last
 --   PREFIX:r:SUBJECT  zset   running requests by expiry
---   PREFIX:l:ID       hash   c claims; p prompt; o output; n counted; x periods, once it has lapsed
+--   PREFIX:l:ID       hash   c claims; p prompt; o output; x periods, once it has lapsed; w its process, or empty
+--   PREFIX:w:PROCESS  set    ids of its leases
+--   PREFIX:g:PROCESS  string it is gone, and takes no lease any more
 --   PREFIX:d:ID       string a charge that has been made: its tokens
 --   PREFIX:e:ID       string a lease that was settled a little while ago: with so many tokens
 local prefix, asks = KEYS[1], cjson.decode(ARGV[1])
@@ -181,7 +183,7 @@ end
 local function settle(id, used, claims, its_life, ended)
   local key, ended_key, charged_key = prefix .. ':l:' .. id, prefix .. ':e:' .. id, prefix .. ':d:' .. id
   local recovered = its_life == 'recovered' or its_life == 'recent'
-  local l = redis.call('HMGET', key, 'c', 'p', 'o', 'x')
+  local l = redis.call('HMGET', key, 'c', 'p', 'o', 'x', 'w')
   if not l[1] then
     if claims and its_life ~= '' and its_life ~= life then
       for _, known in ipairs({ended_key, charged_key}) do
@@ -200,6 +202,7 @@ local function settle(id, used, claims, its_life, ended)
     return {5, null}
   end
   redis.call('DEL', key)
+  if l[5] and l[5] ~= '' then redis.call('SREM', prefix .. ':w:' .. l[5], id) end
   redis.call('SET', ended_key, string.format('%.0f', used), 'EX', recovered and lapsed_seconds or 120)
   local all, held, output = loaded(cjson.decode(l[1])), tonumber(l[2]) + tonumber(l[3]), tonumber(l[3])
   local periods = l[4] and cjson.decode(l[4])
@@ -216,9 +219,10 @@ local function settle(id, used, claims, its_life, ended)
   return {5, rooms(all)}
 end
 
-local function take(id, claims, prompt, output, least, requests, seeds)
+local function take(id, claims, prompt, output, least, requests, seeds, owner)
   -- A take that was given up, charged for elsewhere, and arrives only now.
   if redis.call('EXISTS', prefix .. ':d:' .. id) == 1 then return {5, null} end
+  if owner ~= '' and redis.call('EXISTS', prefix .. ':g:' .. owner) == 1 then return {5, null} end
   local lease = prefix .. ':l:' .. id
   local before = redis.call('HMGET', lease, 'o', 'x')
   if before[1] and not before[2] then
@@ -289,8 +293,13 @@ local function take(id, claims, prompt, output, least, requests, seeds)
     end
     save(s)
   end
-  redis.call('HSET', lease, 'c', cjson.encode(claims), 'p', prompt, 'o', granted)
+  redis.call('HSET', lease, 'c', cjson.encode(claims), 'p', prompt, 'o', granted, 'w', owner)
   redis.call('EXPIRE', lease, keep)
+  if owner ~= '' then
+    local theirs = prefix .. ':w:' .. owner
+    redis.call('SADD', theirs, id)
+    redis.call('EXPIRE', theirs, budget_seconds)
+  end
   return {1, granted, ceiling or null, rooms(all), life}
 end
 
@@ -358,17 +367,26 @@ local function charge(id, claims, requests, used, ended)
   return {5, rooms(all)}
 end
 
+local function gone(owner)
+  redis.call('SET', prefix .. ':g:' .. owner, '1', 'EX', lapsed_seconds)
+  for _, id in ipairs(redis.call('SMEMBERS', prefix .. ':w:' .. owner)) do settle(id, 0) end
+  redis.call('DEL', prefix .. ':w:' .. owner)
+end
+
 local replies = {}
 for i, ask in ipairs(asks) do
   local kind = ask[1]
   if kind == 1 then
-    replies[i] = take(ask[2], ask[3], ask[4], ask[5], ask[6], ask[7], ask[8])
+    replies[i] = take(ask[2], ask[3], ask[4], ask[5], ask[6], ask[7], ask[8], ask[9])
   elseif kind == 2 then
     replies[i] = extend(ask[2], ask[3], ask[4])
   elseif kind == 3 then
     replies[i] = settle(ask[2], ask[3], ask[4], ask[5], ask[6])
   elseif kind == 4 then
     replies[i] = charge(ask[2], ask[3], ask[4], ask[5], ask[6])
+  elseif kind == 6 then
+    gone(ask[2])
+    replies[i] = {5, null}
   else
     for _, id in ipairs(ask[2]) do renew(id) end
     replies[i] = {5, null}

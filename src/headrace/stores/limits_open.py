@@ -18,17 +18,24 @@ WRITTEN = 0.5
 
 
 def open_limits(
-    url: str, memory: LimitPlace, *, ledger: Ledger | None, processes: int, journals: Path | None = None, owed: Path | None = None
+    url: str,
+    memory: LimitPlace,
+    *,
+    ledger: Ledger | None,
+    processes: int,
+    journals: Path | None = None,
+    owed: Path | None = None,
+    owner: str = "",
 ) -> SharedLimits:
     """`memory` is the place of `memory://`; `journals` the folder of all journals of this machine; `owed` a file of this process for what
-    Redis is to hear when it is back, whether or not this process lives then.
+    Redis is to hear when it is back, whether or not this process lives then; `owner` the name under which this process writes bills.
 
     Raises `ConfigError` where Redis' driver isn't installed, or for a URL that can't be one.
     """
     spent = nothing_spent if ledger is None else spent_by(ledger, journals)
     if url == "memory://":
-        return SharedLimits(memory, spent=spent, processes=processes)
-    return SharedLimits(RedisLimits(url), spent=spent, processes=processes, kept=None if owed is None else OwedFile(owed))
+        return SharedLimits(memory, spent=spent, processes=processes, owner=owner)
+    return SharedLimits(RedisLimits(url), spent=spent, processes=processes, kept=None if owed is None else OwedFile(owed), owner=owner)
 
 
 def spent_by(ledger: Ledger, journals: Path | None = None) -> Spent:

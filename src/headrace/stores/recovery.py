@@ -50,6 +50,10 @@ class Recovery:
         nobody may have been told."""
         self.owed: Callable[[list[Ask]], None] | None = None
         """Hears before that of what the dead had kept for the limits. It is forgotten here when this returns."""
+        self.over: Callable[[str], None] | None = None
+        """Hears last, of each writer that has died, that all of its bills were told: what it began without one, no engine was asked for."""
+        self._found: dict[str, float] = {}
+        """When writers were first found dead."""
         self._wanted = asyncio.Event()
         self._going: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("headrace.ledger")
@@ -122,7 +126,8 @@ class Recovery:
                 self.owed(owed)
                 # At once: the rest may have to wait for the database, longer than Redis knows that it has heard of it.
                 await asyncio.to_thread((folder / OWED).unlink, missing_ok=True)
-            if self.told is not None and (lately := await self._ledger.settled_rows(folder.name, time.time() - LATELY)):
+            found = self._found.setdefault(folder.name, time.time())
+            if self.told is not None and (lately := await self._ledger.settled_rows(folder.name, found - LATELY)):
                 self.told(lately)
             journal = files(folder)
             replayed = await asyncio.to_thread(_settled_in, journal)
@@ -138,6 +143,9 @@ class Recovery:
                     self.told(settled)
             if rows:
                 self._log.info("bills settled", rows=len(rows), writer=folder.name)
+            if self.over is not None:
+                self.over(folder.name)
+            self._found.pop(folder.name, None)
             # The slots last: as long as they are there, somebody will come and look at the rest.
             (folder / "slots").unlink()
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,12 +12,14 @@ from typing import Protocol
 import structlog
 
 from headrace.claims import (
+    CORRECTED,
     LEASE_SECONDS,
     Ask,
     Charge,
     Claim,
     Extend,
     Extended,
+    Gone,
     Refused,
     Renew,
     Reply,
@@ -94,10 +96,13 @@ class _Running:
 
 class SharedLimits:
     """`ports.Limits`. `processes`: how many share the limits, and so the size of a share while the place is away. `kept`: has what the
-    place must hear of when it is back, should this process be dead by then."""
+    place must hear of when it is back, should this process be dead by then. `owner`: the name under which this process writes bills."""
 
-    def __init__(self, place: LimitPlace, *, spent: Spent = nothing_spent, processes: int = 1, kept: Kept | None = None) -> None:
+    def __init__(
+        self, place: LimitPlace, *, spent: Spent = nothing_spent, processes: int = 1, kept: Kept | None = None, owner: str = ""
+    ) -> None:
         self._place = place
+        self._owner = owner
         self._kept = kept
         self._spent = spent
         self._known: dict[str, tuple[Room, float]] = {}
@@ -141,6 +146,7 @@ class SharedLimits:
 
     async def take(self, take: Take) -> Taken | Refused:
         """Admit a request. Raises `StoreUnavailable` where a budget has to be asked of the ledger, and that is away."""
+        take = Take(take.id, take.claims, take.prompt, take.output, take.least, take.requests, take.seeds, self._owner)
         running = self._running[take.id] = _Running(take)
         try:
             reply = await self._ask(take)
@@ -182,7 +188,7 @@ class SharedLimits:
             self._guessed[id] = (running.take.claims, used)
             if len(self._guessed) > KNOWN:
                 del self._guessed[next(iter(self._guessed))]
-        done = self._settle(id, used)
+        done = self._settle(id, used, guessed=guessed)
         return await done if done is not None and wait else None
 
     async def charge(self, id: str, claims: tuple[Claim, ...], requests: int) -> tuple[Room, ...] | None:
@@ -222,7 +228,7 @@ class SharedLimits:
             return
         claims, guess = self._guessed.pop(id, ((), used))
         if used != guess:
-            self._send(Charge(f"{id}:corrected", claims, 0, used - guess), _ignore)
+            self._send(Charge(id + CORRECTED, claims, 0, used - guess), _ignore)
 
     async def close(self) -> None:
         """Send what is left, if the place is there. Idempotent."""
@@ -240,9 +246,9 @@ class SharedLimits:
         seeds = [
             None if since is None else await self._spent(claim, since) for claim, since in zip(take.claims, unseeded.since, strict=True)
         ]
-        return Take(take.id, take.claims, take.prompt, take.output, take.least, take.requests, tuple(seeds))
+        return Take(take.id, take.claims, take.prompt, take.output, take.least, take.requests, tuple(seeds), take.owner)
 
-    def _settle(self, id: str, used: int) -> asyncio.Future[tuple[Room, ...] | None] | None:
+    def _settle(self, id: str, used: int, *, guessed: bool = False) -> asyncio.Future[tuple[Room, ...] | None] | None:
         running = self._running.pop(id, None)
         if running is None:
             return None
@@ -261,7 +267,7 @@ class SharedLimits:
             # It may or may not have been admitted there.
             self._send(Charge(id, take.claims, 0, used, time.time()), answered)
         else:
-            self._send(Settle(id, used, take.claims, running.life, time.time()), answered, take.claims)
+            self._send(Settle(id, used, take.claims, running.life, time.time(), guessed), answered, take.claims)
         return done
 
     async def _ask(self, ask: Ask) -> Reply:
@@ -356,7 +362,7 @@ class SharedLimits:
         if isinstance(ask, (Settle, Charge)):
             self._owe(ask)
             answered(Settled())
-        elif isinstance(ask, Renew):
+        elif isinstance(ask, (Renew, Gone)):
             answered(Settled())
         else:
             running = self._running.get(ask.id)
