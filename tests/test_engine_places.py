@@ -183,10 +183,13 @@ async def test_a_standby_takes_over_and_another_follows(tmp_path: Path) -> None:
         assert await stand.ready(1) == second
         third = await stand.standby()
         assert third not in (first, second)
+        assert not stand.place.beginning(stand.place.others[0], None).in_hurry
         os.kill(second, signal.SIGSTOP)
         assert await stand.ask() == 3
         assert await stand.ready(2) == third
         assert stand.place.deaths == {"killed": 1, "stalled": 1}
+        # Where engines die one after the other the next standby doesn't give way while it loads.
+        assert stand.place.beginning(stand.place.others[0], None).in_hurry
 
 
 async def test_a_standby_that_stalls_or_dies_costs_nothing(tmp_path: Path) -> None:
