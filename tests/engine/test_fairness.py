@@ -8,7 +8,7 @@ from fake_runner import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, RELAXED, Pace
+from headrace.engine.pace import BRISK, EVEN, EXPRESS_PREFILL, LEAST_PREFILL, RELAXED, Pace
 from headrace.engine.sequence import Job, Sequence
 from headrace.engine.tenants import Tenants
 from headrace.types import GenerateRequest, Sampling
@@ -160,6 +160,22 @@ def test_short_steps_make_room_for_a_long_one_and_long_ones_for_none() -> None:
     for _ in range(5):
         pace.note(360, 0.2, prompts=True)
     assert 250 <= pace.room(RELAXED, 16) <= 350
+
+
+@pytest.mark.parametrize("waiting", [20, 40])
+def test_more_prompts_than_slots_are_taken_evenly_and_not_in_one_wave(waiting: int) -> None:
+    driven = Driven(max_sequences=32, step_tokens=512, num_blocks=800)
+    let_decode(driven, 8)
+    pace = driven.stepper._pace
+    pace.per_token, pace.fixed = 0.001, 0.01
+    pace.note = lambda tokens, seconds, **_: None  # type: ignore[method-assign]
+    for number in range(waiting):
+        driven.add([number + 1] * 30, tenant=1, max_tokens=20)
+    driven.step()
+    assert pace.room(EVEN, 8) < pace.room(RELAXED, 8)
+    haste = EVEN if waiting > 32 - 8 else RELAXED
+    assert sum(driven.runner.sizes[0]) == 8 + pace.room(haste, 8)
+    driven.drain()
 
 
 def test_a_long_batch_of_others_sits_out_a_newcomers_step_but_never_two() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from headrace.engine.blocks import BlockPool
-from headrace.engine.pace import BRISK, EXPRESS_PREFILL, LEAST_PREFILL, MEMORY, RELAXED, Pace
+from headrace.engine.pace import BRISK, EVEN, EXPRESS_PREFILL, LEAST_PREFILL, MEMORY, RELAXED, Haste, Pace
 from headrace.engine.prefix import PrefixKeys
 from headrace.engine.sequence import Job, Sequence, State
 from headrace.engine.tenants import COMPLETION_WEIGHT, PROMPT_WEIGHT, Tenant, Tenants
@@ -131,16 +131,20 @@ class Scheduler:
             return Plan(self.decoding, [])
         newcomers = self._newcomers()
         express = newcomers if self._held_up() else []
-        brisk = now < self._shared_until or len(self.tenants) > 1
         beside = 0 if express else len(self.decoding)
         least = max(LEAST_PREFILL, self._short_prompt(newcomers)) if beside else EXPRESS_PREFILL
-        room = max(self.pace.room(BRISK if brisk else RELAXED, beside), least)
+        room = max(self.pace.room(self._haste(now), beside), least)
         plan = Plan([], [])
         self._fill(plan, min(room, self.step_tokens - beside), express or self.tenants.active())
         self._express = bool(express and plan.chunks)
         if not self._express:
             plan.decodes = self.decoding
         return plan
+
+    def _haste(self, now: float) -> Haste:
+        if now < self._shared_until or len(self.tenants) > 1:
+            return BRISK
+        return EVEN if self.running + self.waiting > self.max_sequences else RELAXED
 
     def _grow(self) -> None:
         """Make room for the next token of every sequence that decodes."""
