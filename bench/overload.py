@@ -66,7 +66,7 @@ def run(
                 f"goodput at {factor:g} × ÷ peak goodput",
                 Side("overloaded", tuple(goodput["overloaded"]), "req/s"),
                 Side("peak", tuple(goodput["peak"]), "req/s"),
-                0.95,
+                bound=0.95,
             ),
             Figure("time to refuse, p99", quantile(refusals or [0.0], 0.5), 20.0, "at most", "ms"),
             Figure("recovery after the overload", quantile(recoveries, 0.5), 5.0, "at most", "s"),

@@ -163,8 +163,8 @@ def test_short_steps_make_room_for_a_long_one_and_long_ones_for_none() -> None:
 
 
 @pytest.mark.parametrize("waiting", [20, 40])
-def test_more_prompts_than_slots_are_taken_evenly_and_not_in_one_wave(waiting: int) -> None:
-    driven = Driven(max_sequences=32, step_tokens=512, num_blocks=800)
+def test_prompts_that_would_fill_the_slots_are_taken_evenly_and_not_in_one_wave(waiting: int) -> None:
+    driven = Driven(max_sequences=64, step_tokens=512, num_blocks=800)
     let_decode(driven, 8)
     pace = driven.stepper._pace
     pace.per_token, pace.fixed = 0.001, 0.01
@@ -173,7 +173,7 @@ def test_more_prompts_than_slots_are_taken_evenly_and_not_in_one_wave(waiting: i
         driven.add([number + 1] * 30, tenant=1, max_tokens=20)
     driven.step()
     assert pace.room(EVEN, 8) < pace.room(RELAXED, 8)
-    haste = EVEN if waiting > 32 - 8 else RELAXED
+    haste = EVEN if waiting + 8 > 64 / 2 else RELAXED
     assert sum(driven.runner.sizes[0]) == 8 + pace.room(haste, 8)
     driven.drain()
 

@@ -144,7 +144,7 @@ class Scheduler:
     def _haste(self, now: float) -> Haste:
         if now < self._shared_until or len(self.tenants) > 1:
             return BRISK
-        return EVEN if self.running + self.waiting > self.max_sequences else RELAXED
+        return EVEN if 2 * (self.running + self.waiting) > self.max_sequences else RELAXED
 
     def _grow(self) -> None:
         """Make room for the next token of every sequence that decodes."""
