@@ -28,9 +28,9 @@ from headrace.waiting import BURST, Bounds, Line, Newcomer, Place, Queue, is_ful
 
 MEMORY = 3.0
 """Seconds of waiting requests over which the speed of prompts is measured."""
-AIM = 0.45
+AIM = 0.55
 """Of the target: where the wait of the last that is let in as prompt should come out. The rest is for what can't be foreseen."""
-LEAST_SHARE, MOST_SHARE = 0.2, 0.6
+LEAST_SHARE, MOST_SHARE = 0.2, 0.7
 """Of the target: bounds of the limit."""
 PRIOR = 0.5
 """Seconds of a wait that came out as predicted, to begin with and to fall back on."""

@@ -26,8 +26,8 @@ RELAXED = Haste(0.18, 5, True)
 BRISK = Haste(0.05, 2, False)
 """The same while several tenants share the engine, or did so recently."""
 EVEN = Haste(0.12, 5, False)
-"""While the requests of one tenant take more than half of the slots. Taken in long steps, prompts would fill all slots in one wave: then the
-engine has nothing but decodes to do until they come free, all at once again, where decodes cost next to nothing beside prompts."""
+"""While the requests of one tenant take more than half of the slots. Taken in long steps, prompts would fill all slots in one wave: then
+the engine has nothing but decodes to do until they come free, all at once again, where decodes cost next to nothing beside prompts."""
 MEMORY = 60.0
 """Seconds for which the engine remembers that several tenants shared it."""
 LEAST_PREFILL = 16
