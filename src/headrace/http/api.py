@@ -25,6 +25,7 @@ from headrace.http.application import Application
 from headrace.http.client_address import TrustedProxies
 from headrace.http.compress import Compress
 from headrace.http.docs import JSON_OBJECT, JSON_OR_STREAM, OPENAI_ERROR, STREAM, document, takes
+from headrace.http.door import Door
 from headrace.http.edge import Edge
 from headrace.http.exchange import exchange_of
 from headrace.http.gate import Gate
@@ -42,6 +43,7 @@ from headrace.http.serving import Control, Runs, Serving
 from headrace.http.tokens import Tokens
 from headrace.http.trace_context import TraceContext
 from headrace.http.usage import UsageRoutes
+from headrace.policies.admit import Crowds
 from headrace.policies.callers import Callers
 from headrace.policies.key_desk import KeyDesk
 from headrace.policies.limit_requests import LimitRequests
@@ -131,6 +133,7 @@ def create_api(
             ],
         )
     pages = [path for path in (app.docs_url, app.openapi_url) if path is not None]
+    app.state.door = door = _door(config, models, control, keeps_answers=cache is not None)
     app.add_middleware(
         Edge,
         proxies=TrustedProxies(config.access.trusted_proxies),
@@ -140,8 +143,18 @@ def create_api(
         control=control,
         tracker=tracker,
         tally=tally,
+        door=door,
     )
     return app
+
+
+def _door(config: Config, models: ServedModels, control: Control, *, keeps_answers: bool) -> Door | None:
+    """Where all that a refusal needs is known at the door."""
+    resilience = config.resilience
+    elsewhere = models.several or resilience.fallbacks or resilience.degrade_queue is not None
+    if elsewhere or config.trace.otel_endpoint is not None or config.server.cors_origins:
+        return None
+    return Door(Crowds(models), control, keeps_answers=keeps_answers)
 
 
 def _add_routes(

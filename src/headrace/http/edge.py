@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.error_tracking import ErrorTracker
 from headrace.errors import HeadraceError
 from headrace.http.client_address import TrustedProxies
+from headrace.http.door import Door
 from headrace.http.exchange import Exchange, open_exchange
 from headrace.http.failures import code_of, failures, track
 from headrace.http.line import LINE
@@ -68,8 +69,12 @@ class Edge:
         control: Control | None = None,
         tracker: ErrorTracker | None = None,
         tally: RequestTally | None = None,
+        door: Door | None = None,
     ) -> None:
         self._app = app
+        self._door = door
+        if door is not None:
+            door.close = self._refused_at_door
         self._tracker = tracker
         self._tally = tally
         self._control = control
@@ -116,11 +121,17 @@ class Edge:
             await problem_answer(unexpected(), openai=exchange.openai)(scope, receive, send_with_ours)
         finally:
             self._close(exchange)
+            if self._door is not None and exchange.line is not None and exchange.line.key is not None:
+                self._door.note(exchange.line.key, exchange, scope, journey_headers(exchange))
             # The server's `send` knows the scope, and the scope this exchange: a cycle of all that belongs to the request.
             exchange.send = exchange.line = None
             _forget_where(exchange)
             exchange.error = None
             scope.pop(LINE, None)
+
+    def _refused_at_door(self, exchange: Exchange) -> None:
+        self._metrics.opened()
+        self._close(exchange)
 
     def _close(self, exchange: Exchange) -> None:
         ended = time.monotonic()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from headrace.http.upgrade_offers import IgnoresOffers
+
+if TYPE_CHECKING:
+    from headrace.http.door import Door, Key
+    from headrace.http.exchange import Exchange
 
 LINE = "headrace.line"
 """Where a request's scope has it."""
@@ -23,13 +27,56 @@ class LinedConnection(IgnoresOffers):
 
     line: Line | None = None
     """Of the request that is being answered; those that follow it wait."""
+    door: Door | None = None
+    _key: Key | None = None
+    """Of the request that was received last, if it may be noted at the door."""
+    _amid = False
+    """A request has begun, and isn't all there."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        state = getattr(self.app, "state", None)
+        self.door = getattr(state, "door", None)
+
+    def data_received(self, data: bytes) -> None:
+        self._key = None
+        if self.door is not None and self.client is not None and self._is_free():
+            found = self.door.key_of(self.client[0], data)
+            if found is not None:
+                self._key, size = found
+                refused = self.door.refusal(self._key, data, size)
+                if refused is not None:
+                    self._refuse(self.door, *refused)
+                    return
+        super().data_received(data)
+
+    def _is_free(self) -> bool:
+        """Nothing is under way, and the client reads."""
+        done = self.cycle is None or self.cycle.response_complete
+        return done and not self._amid and not self.flow.write_paused and not self.transport.is_closing()
+
+    def _refuse(self, door: Door, exchange: Exchange, head: bytes, body: bytes) -> None:
+        self._unset_keepalive_if_required()
+        common = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        ours = b"x-request-id: %b\r\nx-content-type-options: nosniff\r\n\r\n" % exchange.id.encode()
+        self.transport.write(head + common + ours + body)
+        door.close(exchange)
+        self.on_response_complete()
+
+    def on_message_begin(self) -> None:
+        self._amid = True
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._amid = False
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:
             # The request's task was made, and hasn't begun.
-            self.cycle.scope[LINE] = Line(self, self.cycle)  # type: ignore[literal-required]
+            self.cycle.scope[LINE] = Line(self, self.cycle, self._key)  # type: ignore[literal-required]
             if self.cycle.scope["method"] != "HEAD":  # there, nothing follows the head
                 self.cycle.transport = cast(asyncio.Transport, HeadWithBody(self.transport))
 
@@ -84,9 +131,11 @@ class HeadWithBody:
 class Line:
     """A request's hold on its connection."""
 
-    __slots__ = ("_connection", "_cycle", "_told", "_write", "open")
+    __slots__ = ("_connection", "_cycle", "_told", "_write", "key", "open")
 
-    def __init__(self, connection: LinedConnection, cycle: RequestResponseCycle) -> None:
+    def __init__(self, connection: LinedConnection, cycle: RequestResponseCycle, key: Key | None = None) -> None:
+        self.key = key
+        """By which the request may be noted at the door."""
         self._connection = connection
         self._cycle = cycle
         self._told: Callable[[], None] | None = None

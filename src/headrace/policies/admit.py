@@ -59,12 +59,13 @@ class TurnAway:
     async def __call__(self, call: Call) -> None:
         crowd = self._crowds.of(call.model)
         if crowd is not None and wanted(call) != "all":
-            refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, _least_tokens(call), call.sampling.n))
+            refusal = foreseen(*crowd, Newcomer(call.tenant, call.priority, least_tokens(call), call.sampling.n))
             if refusal is not None:
+                call.served_model = self._crowds.name(call.model)
                 raise refusal
 
 
-def _least_tokens(call: Call) -> int:
+def least_tokens(call: Call) -> int:
     """Of the prompt. Tokenizers rarely make fewer of a text than a quarter of its characters; who is refused for that was at the limit."""
     if call.tokens is not None:
         return len(call.tokens)
@@ -84,6 +85,10 @@ class Crowds:
         """The queue of the model of that name, None for the default one, if it is crowded."""
         engine = self._telling.get(self._models.find(name).files.name)
         return None if engine is None else engine.crowd()
+
+    def name(self, name: str | None) -> str:
+        """The model's own, by which metrics know it."""
+        return self._models.find(name).files.name
 
     def let_in(self, name: str | None, newcomer: Newcomer) -> None:
         """A request goes to that model."""
