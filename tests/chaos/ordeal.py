@@ -180,7 +180,9 @@ class Ordeal:
             self.story.append(f"  {name}: {billed} tokens on {sum(row.key == key.id for row in ledger)} bills")
             # A Redis that forgets doesn't know what those hold who run just then.
             forgets = self._in_redis and any((fault.target, fault.deed) == ("redis", "kill") for fault in self._faults)
-            if name == "budget" and billed > BUDGET * (1.25 if forgets else 1):
+            # The engine goes on for an API process that is held up, and can't say where a budget ends.
+            held_up = any(fault.target.startswith("api") and fault.deed in ("stop", "slow") for fault in self._faults)
+            if name == "budget" and billed > BUDGET * (1.25 if forgets else 1.02 if held_up else 1):
                 yield f"the budget of {BUDGET} tokens was passed: {billed} are on the bill"
             if name in ("ample", "budget"):
                 yield from self._budget_is_the_ledgers(key, billed)
