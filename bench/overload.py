@@ -21,6 +21,8 @@ TTFT = 2.0
 TPOT = 0.2
 RECOVERED = 0.9
 """Of the peak's share of good requests: from when on the load after the overload counts as served again."""
+SERVED = 0.8
+"""Of a rate's requests: with fewer good ones it is beyond the peak."""
 LATEST = 60.0
 """Seconds that requests get to end."""
 
@@ -95,12 +97,16 @@ def _peak(server: Server, rate: float, step: float, seconds: float, words: int, 
     """The rate with the highest goodput."""
     best, most = rate, 0.0
     while True:
-        samples = _ask(server, rate, seconds, words, max_tokens, number)
-        good = sum(map(is_good, samples)) / seconds
+        # A rate is too high if it is twice: a stall of the machine is no peak.
+        for again in (0, 500):
+            samples = _ask(server, rate, seconds, words, max_tokens, number + again)
+            good = sum(map(is_good, samples)) / seconds
+            if good >= SERVED * rate:
+                break
         print(f"  {rate:.1f} req/s: {good:.2f} good", flush=True)
         if good > most:
             best, most = rate, good
-        if good < 0.8 * rate:
+        if good < SERVED * rate:
             return best
         rate, number = rate * step, number + 1
 
